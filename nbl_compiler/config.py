@@ -1,0 +1,99 @@
+"""What the user asks for: typed, frozen, validated on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nbl_compiler.errors import ConfigError
+
+Ridge = float | Literal["auto"]
+Guard = Literal["off", "predicted", "exact"]
+
+
+def _check_selection(
+    kind: str,
+    count: int | None,
+    layers: tuple[int | str, ...] | None,
+    max_nmse: float | None,
+) -> None:
+    if count is not None and layers is not None:
+        raise ConfigError(f"{kind}: give either `count` or `layers`, not both")
+    if count is not None and (isinstance(count, bool) or count < 0):
+        raise ConfigError(f"{kind}: count={count!r} must be an integer of at least 0")
+    if max_nmse is not None and not max_nmse > 0:
+        raise ConfigError(f"{kind}: max_nmse={max_nmse!r} must be positive")
+    for layer in layers or ():
+        if isinstance(layer, bool) or not isinstance(layer, int | str):
+            raise ConfigError(f"{kind}: layers holds {layer!r}; give site indices or site names")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How attention sites are linearized.
+
+    Args:
+        count: Replace the ``count`` best sites by the ranking. With neither ``count`` nor
+            ``layers``, every site within ``max_nmse`` is replaced, or, without ``max_nmse``
+            either, half of the sites (rounded down).
+        layers: Replace exactly these sites: indices in model order, or site names.
+        max_nmse: Never replace a site whose held-out NMSE exceeds this.
+        rank_by: ``"nmse"`` (held-out normalised mean squared error of the map) or ``"cca"``
+            (the bound of NBL, arXiv 2505.21077, theorem 3.2).
+        input: The map's input: ``"normed"``, what the projections read, or ``"residual"``, the
+            residual stream before the norm (as in the paper's released code).
+        taps: Number of value taps. Only 0 is supported.
+
+    Raises:
+        ConfigError: for contradictory or out-of-range options.
+    """
+
+    count: int | None = None
+    layers: tuple[int | str, ...] | None = None
+    max_nmse: float | None = None
+    rank_by: Literal["nmse", "cca"] = "nmse"
+    input: Literal["normed", "residual"] = "normed"
+    taps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        _check_selection("Attention", self.count, self.layers, self.max_nmse)
+        if self.rank_by not in ("nmse", "cca"):
+            raise ConfigError(f"Attention: rank_by={self.rank_by!r} must be 'nmse' or 'cca'")
+        if self.input not in ("normed", "residual"):
+            raise ConfigError(f"Attention: input={self.input!r} must be 'normed' or 'residual'")
+        if self.taps != 0:
+            raise ConfigError(
+                f"Attention: taps={self.taps!r} is not supported by this release; use taps=0"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything ``nbl.calibrate`` needs to know besides the model and the text.
+
+    Args:
+        attention: Options for attention sites, or None to leave attention alone.
+        ridge: Ridge added to C_XX, relative to its mean eigenvalue, or ``"auto"`` to choose it
+            per site on the held-out tokens.
+        holdout: Fraction of the calibration sequences kept out of the fit, in [0, 0.5]; their
+            error ranks the sites. With 0 the training error ranks them.
+        seed: Seed of the (deterministic) choice of held-out sequences.
+
+    Raises:
+        ConfigError: for out-of-range options.
+    """
+
+    attention: Attention | None = field(default_factory=Attention)
+    ridge: Ridge = "auto"
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ridge != "auto" and not (
+            isinstance(self.ridge, int | float) and self.ridge >= 0
+        ):
+            raise ConfigError(f"Config: ridge={self.ridge!r} must be 'auto' or at least 0")
+        if not 0 <= self.holdout <= 0.5:
+            raise ConfigError(f"Config: holdout={self.holdout!r} must lie in [0, 0.5]")
