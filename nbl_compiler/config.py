@@ -35,7 +35,7 @@ class Attention:
     Args:
         count: Replace the ``count`` best sites by the ranking. With neither ``count`` nor
             ``layers``, every site within ``max_nmse`` is replaced, or, without ``max_nmse``
-            either, half of the sites (rounded down).
+            either, the best quarter of the sites (rounded up).
         layers: Replace exactly these sites: indices in model order, or site names.
         max_nmse: Never replace a site whose held-out NMSE exceeds this.
         rank_by: ``"nmse"`` (held-out normalised mean squared error of the map) or ``"cca"``
