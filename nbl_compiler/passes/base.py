@@ -1,0 +1,56 @@
+"""What a pass is: a named graph-to-graph step that returns a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch.fx import GraphModule, Node
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A site that was looked at and left alone, and why.
+
+    Args:
+        site: Name of the site.
+        kind: ``"attention"`` or ``"ffn"``.
+        node: Name of the graph node that decided it.
+        reason: One sentence for the user.
+        source: The line of the model's code that produced the node, if Dynamo recorded it.
+    """
+
+    site: str
+    kind: str
+    node: str
+    reason: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one graph."""
+
+    matched: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A step of the pipeline. It neither logs, times, dumps nor verifies: the runner does."""
+
+    @property
+    def name(self) -> str:
+        """Name of the pass in dumps and reports."""
+
+    def __call__(self, graph_module: GraphModule) -> PassReport:
+        """Transform ``graph_module`` in place and say what was done."""
+
+
+def source_line(node: Node) -> str:
+    """Return the last line of the user's code in the node's stack trace, or an empty string."""
+    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
+    return " | ".join(lines[-2:])

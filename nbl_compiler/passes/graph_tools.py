@@ -1,0 +1,221 @@
+"""Reading an FX graph as Dynamo writes it: ops by meaning, module paths, and cones.
+
+Dynamo's graphs are not functional: a static KV cache is written by ``index_copy_`` and then read
+through the same placeholder. So every walk here follows *writers* too: the value of a tensor
+depends on whatever was written into it.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+_WRITE_FUNCTIONS = frozenset({operator.setitem})
+_VIEW_METHODS = frozenset(
+    {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand"}
+    | {"flatten", "unflatten", "swapaxes", "t", "mT", "narrow", "select", "view_as", "expand_as", "detach"}
+    | {"chunk", "split", "unbind"}
+)
+_VIEW_FUNCTIONS = frozenset({operator.getitem, torch.transpose, torch.reshape, torch.permute})
+_CAST_METHODS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "double"})
+_PATH_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)")
+_DROPPED_PARTS = frozenset({"_modules", "_orig_mod", "__self__", "_parameters"})
+
+
+def example_value(node: Node) -> object:
+    """Return what Dynamo recorded as the node's value: a fake tensor, a SymInt, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """Return the (possibly symbolic) shape of the node's tensor, or None."""
+    value = example_value(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def is_floating(node: Node) -> bool:
+    """Tell whether the node holds a floating-point tensor."""
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def is_weight(node: object) -> bool:
+    """Tell whether a node is a model parameter (a graph input, or an attribute of the module)."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "get_attr":
+        return True
+    return node.op == "placeholder" and isinstance(example_value(node), torch.nn.Parameter)
+
+
+def module_path(node: Node) -> str:
+    """Return the dotted path of the module whose code made the node, or an empty string.
+
+    ``L['self'].model.layers.0.self_attn`` becomes ``model.layers.0.self_attn``, whichever way
+    the model was compiled (``torch.compile(model)``, its ``forward``, a wrapper).
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return normalize_path(next(reversed(stack.values()))[0])
+
+
+def normalize_path(path: str) -> str:
+    """Strip Dynamo's spelling of a module path down to the dotted path users write."""
+    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+    parts = ["".join(groups) for groups in _PATH_PART.findall(path)]
+    return ".".join(part for part in parts if part and part not in _DROPPED_PARTS)
+
+
+def common_module(nodes: Iterable[Node]) -> str:
+    """Return the deepest module path that contains every node that has one."""
+    paths = [path.split(".") for path in map(module_path, nodes) if path]
+    if not paths:
+        return ""
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def is_call(node: object, functions: Iterable[Callable] = (), methods: Iterable[str] = ()) -> bool:
+    """Tell whether the node calls one of the functions or methods."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_function":
+        return node.target in functions
+    return node.op == "call_method" and node.target in methods
+
+
+def argument(node: Node, position: int, name: str, default: object = None) -> object:
+    """Return an argument given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def is_view(node: object) -> bool:
+    """Tell whether the node only rearranges, slices or casts one tensor."""
+    if is_call(node, {getattr}) and argument(node, 1, "name") in ("T", "mT", "H"):  # type: ignore[arg-type]
+        return True
+    return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS | _CAST_METHODS)
+
+
+def is_cast(node: object) -> bool:
+    """Tell whether the node converts one tensor to another dtype or device."""
+    return is_call(node, (), _CAST_METHODS)
+
+
+def is_write(node: Node) -> bool:
+    """Tell whether the node writes into its first argument in place."""
+    if node.op == "call_function":
+        if node.target in _WRITE_FUNCTIONS:
+            return True
+        name = getattr(node.target, "__name__", "")
+    elif node.op == "call_method":
+        name = str(node.target)
+    else:
+        return False
+    if name.endswith("__") or not name.endswith("_"):
+        return False
+    return bool(node.args) and isinstance(node.args[0], Node)
+
+
+def is_active_dropout(node: Node) -> bool:
+    """Tell whether the node is a dropout that drops something when it runs."""
+    if is_call(node, {F.dropout, torch.dropout}):
+        p, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
+        return bool(training) and p != 0.0
+    return False
+
+
+def projection_input(node: Node) -> Node | None:
+    """Return the activation that a projection reads, or None if the node is no projection.
+
+    A projection multiplies one activation by a model parameter: ``F.linear(x, W, b)``,
+    ``torch.addmm(b, x, W)`` (GPT-2's ``Conv1D``), ``x @ W`` or ``matmul(x, W)``.
+    """
+    if is_call(node, {F.linear, torch._C._nn.linear}):
+        source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    elif is_call(node, {torch.addmm}, {"addmm"}):
+        source, weight = argument(node, 1, "mat1"), argument(node, 2, "mat2")
+    elif is_call(node, {torch.matmul, torch.mm, operator.matmul}, {"matmul", "mm"}):
+        source, weight = argument(node, 0, "input"), argument(node, 1, "other")
+    else:
+        return None
+    weighted = is_weight(weight) or (is_view(weight) and is_weight(weight.all_input_nodes[0]))  # type: ignore[union-attr]
+    return source if weighted and isinstance(source, Node) and not is_weight(source) else None
+
+
+def skip_views_back(node: Node) -> Node:
+    """Walk back over views of one tensor that keep its last dimension, to that tensor."""
+    while is_call(node, (), {"view", "reshape", "contiguous"}):
+        source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        before, after = shape_of(source), shape_of(node)
+        if before is None or after is None or before[-1] != after[-1]:
+            break
+        node = source
+    return node
+
+
+class Topology:
+    """Positions and writers of one graph, computed once per match."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.position = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+        self.writers: dict[Node, list[Node]] = {}
+        for node in self.position:
+            if is_write(node):
+                self.writers.setdefault(self.storage(node.args[0]), []).append(node)  # type: ignore[arg-type]
+
+    def storage(self, node: Node) -> Node:
+        """Return the node that owns the memory a view or an in-place result looks into."""
+        while True:
+            if is_write(node) or (is_view(node) and not is_cast(node)):
+                source = node.args[0]
+                if isinstance(source, Node):
+                    node = source
+                    continue
+            return node
+
+    def sources(self, node: Node) -> Iterator[Node]:
+        """Yield the nodes whose values the node's value depends on, writers included."""
+        yield from node.all_input_nodes
+        yield from (w for w in self.writers.get(node, ()) if w is not node)
+
+    def backward(self, start: Node, stop: Callable[[Node], bool]) -> list[Node]:
+        """Return the cone behind ``start`` (itself included), not looking behind ``stop`` nodes."""
+        seen: dict[Node, None] = {}
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen[node] = None
+            if node is start or not stop(node):
+                stack.extend(self.sources(node))
+        return sorted(seen, key=self.position.__getitem__)
+
+    def forward(self, start: Node) -> set[Node]:
+        """Return every node whose value depends on ``start``, through writes as well."""
+        seen = {start}
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            reached = list(node.users)
+            if is_write(node):
+                reached.append(self.storage(node))
+            for user in reached:
+                if user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+        return seen
