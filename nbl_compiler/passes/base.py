@@ -52,5 +52,5 @@ class Pass(Protocol):
 def source_line(node: Node) -> str:
     """Return the last line of the user's code in the node's stack trace, or an empty string."""
     trace = node.meta.get("stack_trace") or node.stack_trace or ""
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in trace.splitlines() if line.strip(" ^~\n")]
     return " | ".join(lines[-2:])

@@ -128,6 +128,17 @@ def is_write(node: Node) -> bool:
     return bool(node.args) and isinstance(node.args[0], Node)
 
 
+def eliminate_dead_code(graph_module: GraphModule) -> int:
+    """Erase nodes without users, keeping every in-place write; return how many went.
+
+    FX's own notion of purity overlooks methods such as ``index_copy_``, by which a static KV cache
+    and its length counter are updated.
+    """
+    before = len(graph_module.graph.nodes)
+    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or is_write(node))
+    return before - len(graph_module.graph.nodes)
+
+
 def is_active_dropout(node: Node) -> bool:
     """Tell whether the node is a dropout that drops something when it runs."""
     if is_call(node, {F.dropout, torch.dropout}):

@@ -74,3 +74,18 @@ def unique_names(names: Sequence[str], fallback: str) -> list[str]:
         seen[base] = repeat + 1
         result.append(base if repeat == 0 else f"{base}#{repeat}")
     return result
+
+
+_LINEARIZED = "nbl_linearized_attention"
+
+
+def store_linearized(graph_module: GraphModule, matches: tuple[AttentionMatch, ...]) -> None:
+    """Leave on the graph which sites were linearized, for the cache pass."""
+    graph_module.meta[_LINEARIZED] = matches
+
+
+def load_linearized(graph_module: GraphModule) -> tuple[AttentionMatch, ...]:
+    """Return the sites that were linearized in this graph."""
+    matches = graph_module.meta.get(_LINEARIZED, ())
+    assert isinstance(matches, tuple)
+    return matches

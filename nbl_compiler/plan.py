@@ -1,0 +1,180 @@
+"""The plan: what calibration decided for every site, with its tensors, errors and reasons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.fingerprint import Sketch
+
+Kind = Literal["attention", "ffn"]
+Decision = Literal["rewritten", "kept", "rejected"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place in the model and what the plan does there.
+
+    Args:
+        name: Module path (``model.layers.3.self_attn``), or an ordinal where there is none.
+        kind: ``"attention"`` or ``"ffn"``.
+        decision: ``"rewritten"``, ``"kept"`` (matched, left dense) or ``"rejected"``.
+        reason: Why, in one sentence.
+        nmse: Training NMSE of the replacement, E‖y − ŷ‖² / E‖y − E y‖² (nan if rejected).
+        holdout_nmse: The same on held-out rows (or by cross-validation without any).
+        cca_bound: Σ (1 − ρ_i²), NBL's theorem 3.2 (nan if rejected).
+        tensors: For a rewritten attention site ``weight`` [d_out, d] and ``bias`` [d_out], with
+            y = x @ weight.T + bias; float32. Empty otherwise.
+        details: Plain numbers and strings: ``input``, ``ridge``, ``rank``, ``tokens``,
+            ``width_in``, ``width_out``, ``parameters`` (that the region reads),
+            ``kv_values_per_token``.
+    """
+
+    name: str
+    kind: Kind
+    decision: Decision
+    reason: str
+    nmse: float = float("nan")
+    holdout_nmse: float = float("nan")
+    cca_bound: float = float("nan")
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def header(self) -> dict[str, Any]:
+        """Return everything but the tensors, ready for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "decision": self.decision,
+            "reason": self.reason,
+            "nmse": self.nmse,
+            "holdout_nmse": self.holdout_nmse,
+            "cca_bound": self.cca_bound,
+            "details": dict(self.details),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The calibrated artefact. Compared by identity; two equal plans have the same ``digest``.
+
+    Args:
+        sites: Every site of the model, in model order.
+        fingerprint: Sketches of the model's weights.
+        model: What was calibrated, for people (class name and sizes).
+        config: The configuration that made it, for people.
+    """
+
+    sites: tuple[Site, ...] = ()
+    fingerprint: tuple[Sketch, ...] = ()
+    model: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    _cast: dict[tuple[str, str, torch.dtype, torch.device], Tensor] = field(
+        default_factory=dict, repr=False
+    )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every decision and tensor, as 64 hexadecimal digits."""
+        header = json.dumps(self.header(), sort_keys=True)
+        state = hashlib.sha256(header.encode())
+        for name, tensor in sorted(self.tensors().items()):
+            state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous().view(-1)
+            state.update(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+        return state.hexdigest()
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        """The sites that the plan replaces."""
+        return tuple(site for site in self.sites if site.decision == "rewritten")
+
+    def header(self) -> dict[str, Any]:
+        """Return everything but the tensors, ready for JSON."""
+        return {
+            "model": self.model,
+            "config": dict(self.config),
+            "fingerprint": [[list(s.shape), s.dtype, s.norm, s.value] for s in self.fingerprint],
+            "sites": [site.header() for site in self.sites],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor, named ``<site>/<tensor>``."""
+        return {f"{s.name}/{key}": tensor for s in self.sites for key, tensor in s.tensors.items()}
+
+    def site(self, name: str) -> Site:
+        """Return the site of that name.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        known = ", ".join(site.name for site in self.sites[:4])
+        raise ConfigError(f"the plan has no site {name!r}; it has {known}, …")
+
+    def find(self, name: str, kind: Kind) -> Site | None:
+        """Return the site a graph calls ``name``.
+
+        The graph's root may lie above the calibrated model (a wrapper) or below it (the base
+        model of a causal LM): then one name ends in the other, and only one such site may exist.
+        """
+        sites = [site for site in self.sites if site.kind == kind]
+        for site in sites:
+            if site.name == name:
+                return site
+        near = [
+            site
+            for site in sites
+            if name.endswith("." + site.name) or site.name.endswith("." + name)
+        ]
+        return near[0] if len(near) == 1 else None
+
+    def tensor(self, site: Site, key: str, like: Tensor) -> Tensor:
+        """Return a site's tensor in the dtype and on the device of ``like``.
+
+        Cast once and kept, so that prefill and decode graphs share one copy.
+        """
+        slot = (site.name, key, like.dtype, like.device)
+        if slot not in self._cast:
+            self._cast[slot] = site.tensors[key].to(like.device, like.dtype)
+        return self._cast[slot]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file with a JSON header, atomically.
+
+        Raises:
+            OSError: if the folder cannot be written; an existing file is then left as it was.
+        """
+        from nbl_compiler.plan_file import save_plan
+
+        save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read a plan back, bit for bit.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            PlanFormatError: if the file is truncated, edited, or of an unknown version.
+        """
+        from nbl_compiler.plan_file import load_plan
+
+        return load_plan(path)
+
+    def __str__(self) -> str:
+        from nbl_compiler.report import plan_table, render
+
+        return render(plan_table(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # immutable: a deep-copied model may share it
