@@ -1,0 +1,58 @@
+"""nbl_compiler: a torch.compile backend that linearizes blocks of pretrained transformers.
+
+    plan = nbl.calibrate(model, batches, nbl.Config(...))
+    fast = torch.compile(model, backend="nbl", options={"plan": plan})
+
+Importing the package is cheap: no transformers, no CUDA initialisation, no compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nbl_compiler import errors
+from nbl_compiler.config import Attention, Config
+
+if TYPE_CHECKING:
+    from nbl_compiler.kv_cache import cache, cache_bytes
+    from nbl_compiler.calibration import calibrate
+    from nbl_compiler.explanation import Report, explain
+    from nbl_compiler.plan import Plan, Site
+    from nbl_compiler.registry import attach
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Plan": "nbl_compiler.plan",
+    "Site": "nbl_compiler.plan",
+    "attach": "nbl_compiler.registry",
+    "cache": "nbl_compiler.kv_cache",
+    "cache_bytes": "nbl_compiler.kv_cache",
+    "calibrate": "nbl_compiler.calibration",
+    "explain": "nbl_compiler.explanation",
+    "Report": "nbl_compiler.explanation",
+}
+
+__all__ = [
+    "Attention",
+    "Config",
+    "Plan",
+    "Report",
+    "Site",
+    "__version__",
+    "attach",
+    "cache",
+    "cache_bytes",
+    "calibrate",
+    "errors",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

@@ -34,8 +34,7 @@ class Site:
         tensors: For a rewritten attention site ``weight`` [d_out, d] and ``bias`` [d_out], with
             y = x @ weight.T + bias; float32. Empty otherwise.
         details: Plain numbers and strings: ``input``, ``ridge``, ``rank``, ``tokens``,
-            ``width_in``, ``width_out``, ``parameters`` (that the region reads),
-            ``kv_values_per_token``.
+            ``width_in``, ``width_out``, ``parameters`` (that the region reads).
     """
 
     name: str

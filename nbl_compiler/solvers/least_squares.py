@@ -106,7 +106,7 @@ class _HoldoutError:
     """NMSE on held-out rows as a function of the ridge, one r × r product a call."""
 
     def __init__(self, basis: _Basis, train: Moments, holdout: Moments) -> None:
-        about = holdout.about(train.shift_x, train.shift_y, train.shift_t)
+        about = holdout.about(train.shift_x, train.shift_y, holdout.shift_t)
         n = about.count
         a = basis.coefficients
         self._eigenvalues = basis.eigenvalues

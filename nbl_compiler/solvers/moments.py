@@ -43,16 +43,23 @@ class Moments:
     yy: Tensor
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Moments:
-        """Return the neutral element for x of width ``inputs`` and y of width ``outputs``."""
+    def zeros(
+        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", *, stream: bool = True
+    ) -> Moments:
+        """Return the neutral element for x of width ``inputs`` and y of width ``outputs``.
+
+        Without ``stream`` nothing is kept of t (its tensors have width 0): held-out rows report
+        the error of the map, which does not need it.
+        """
+        width_t = outputs if stream else 0
 
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         return cls(
-            0, zero(inputs), zero(outputs), zero(outputs), zero(inputs), zero(outputs),
-            zero(outputs), zero(inputs, inputs), zero(outputs, inputs), zero(outputs, inputs),
-            zero(outputs, outputs), zero(outputs),
+            0, zero(inputs), zero(outputs), zero(width_t), zero(inputs), zero(outputs),
+            zero(width_t), zero(inputs, inputs), zero(outputs, inputs), zero(width_t, inputs),
+            zero(width_t, width_t), zero(outputs),
         )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor, stream: Tensor) -> None:
@@ -69,7 +76,7 @@ class Moments:
         if x.shape[0] == 0:
             return
         x, y = x.float(), y.float()
-        t = y + stream.float()
+        t = (y + stream.float())[:, : self.shift_t.numel()]
         if self.count == 0:
             self.shift_x, self.shift_y = x.mean(0).double(), y.mean(0).double()
             self.shift_t = t.mean(0).double()
@@ -153,8 +160,10 @@ class BufferedMoments:
     Small batches would otherwise pay a float64 update of the whole d × d matrix each.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.moments = Moments.zeros(inputs, outputs, device)
+    def __init__(
+        self, inputs: int, outputs: int, device: torch.device, *, stream: bool = True
+    ) -> None:
+        self.moments = Moments.zeros(inputs, outputs, device, stream=stream)
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._pending = 0
         self._block = max(1024, inputs)

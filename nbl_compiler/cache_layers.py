@@ -1,0 +1,137 @@
+"""Cache layers that count positions and store no states.
+
+Each mirrors one of transformers' layers: the same length, the same mask sizes (masks are built from
+the first layer of each type, linearized or not), and ``nbl::absent_kv`` in place of the states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.lowering.absent_kv import absent_kv
+
+
+class LengthOnlyStaticLayer(StaticLayer):
+    """``StaticLayer`` without storage: the length counter lives, keys and values are empty."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Move the counter to the device; allocate nothing."""
+        _initialize_empty(self, key_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new positions; return stand-ins of the shape the mask expects."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, _ = self.get_mask_sizes(key_states.shape[-2])
+        self.cumulative_length.add_(key_states.shape[-2])
+        return absent_kv(key_states, length), absent_kv(value_states, length)
+
+
+class LengthOnlyStaticSlidingLayer(StaticSlidingWindowLayer):
+    """``StaticSlidingWindowLayer`` without storage."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Move the counter to the device; allocate nothing."""
+        _initialize_empty(self, key_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new positions; return stand-ins of the shape the mask expects."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, _ = self.get_mask_sizes(key_states.shape[-2])
+        if self.cumulative_length_int + key_states.shape[-2] <= self.max_cache_len:
+            self.cumulative_length.add_(key_states.shape[-2])
+        self.cumulative_length_int += key_states.shape[-2]
+        return absent_kv(key_states, length), absent_kv(value_states, length)
+
+
+class LengthOnlyDynamicLayer(DynamicLayer):
+    """``DynamicLayer`` without storage: ``keys`` has the right length and no elements."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with length 0."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = _empty(key_states, 0)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Grow the length; return stand-ins of the shape the mask expects."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, _ = self.get_mask_sizes(key_states.shape[-2])
+        self.keys = _empty(key_states, length)
+        self.values = _empty(key_states, length)
+        return absent_kv(key_states, length), absent_kv(value_states, length)
+
+    def get_seq_length(self) -> int:
+        """Return the number of positions seen."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+
+class LengthOnlyDynamicSlidingLayer(DynamicSlidingWindowLayer):
+    """``DynamicSlidingWindowLayer`` without storage."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with length 0."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = _empty(key_states, 0)
+        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Grow the length; return stand-ins of the shape the mask expects."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length, _ = self.get_mask_sizes(key_states.shape[-2])
+        self.cumulative_length += key_states.shape[-2]
+        return absent_kv(key_states, length), absent_kv(value_states, length)
+
+
+def _empty(states: Tensor, length: int) -> Tensor:
+    # Not states.new_empty: the matcher would see a use of the keys outside attention.
+    shape = (states.shape[0], states.shape[1], length, 0)
+    return torch.empty(shape, dtype=states.dtype, device=states.device)
+
+
+def _initialize_empty(layer: StaticLayer, states: Tensor) -> None:
+    layer.dtype, layer.device = states.dtype, states.device
+    layer.batch_size, layer.num_heads = states.shape[:2]
+    layer.keys = layer.values = _empty(states, 0)
+    layer.is_initialized = True
+
+
+def length_only(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """Return the storage-free counterpart of a fresh cache layer.
+
+    Raises:
+        ConfigError: if transformers made a kind of layer that has none.
+    """
+    kind = type(layer)
+    if kind is StaticSlidingWindowLayer:
+        return LengthOnlyStaticSlidingLayer(layer.max_cache_len, sliding_window=layer.max_cache_len)
+    if kind is StaticLayer:
+        return LengthOnlyStaticLayer(layer.max_cache_len)
+    if kind is DynamicSlidingWindowLayer:
+        return LengthOnlyDynamicSlidingLayer(layer.sliding_window)
+    if kind is DynamicLayer:
+        return LengthOnlyDynamicLayer()
+    raise ConfigError(f"nbl.cache has no storage-free form of {kind.__name__}; use an ordinary cache")

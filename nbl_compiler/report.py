@@ -1,0 +1,51 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from nbl_compiler.plan import Plan, Site
+
+
+def render(*parts: RenderableType, width: int = 110) -> str:
+    """Return the parts as plain text."""
+    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get().rstrip("\n")
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return one row a site: decision, errors, parameters before and after, reason."""
+    done = len(plan.rewritten)
+    title = f"plan for {plan.model or 'a model'}: {done} of {len(plan.sites)} sites rewritten"
+    table = Table(title=title, title_justify="left", caption=f"digest {plan.digest[:16]}")
+    for name in ("site", "decision"):
+        table.add_column(name, no_wrap=True)
+    for name in ("NMSE", "held out", "CCA bound", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("reason")
+    for site in plan.sites:
+        table.add_row(
+            site.name, site.decision, _number(site.nmse), _number(site.holdout_nmse),
+            _number(site.cca_bound, 1), _parameters(site), site.reason,
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _parameters(site: Site) -> str:
+    before = site.details.get("parameters")
+    if before is None:
+        return "-"
+    if site.decision != "rewritten":
+        return f"{before:,}"
+    after = sum(t.numel() for t in site.tensors.values())
+    return f"{before:,} → {after:,}"
