@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike, fspath, stat
 from typing import Any
@@ -14,8 +14,10 @@ from torch.fx import GraphModule
 
 from nbl_compiler import registry
 from nbl_compiler.attachment_guard import guard_on_attachments
+from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
 from nbl_compiler.errors import ConfigError, InferenceOnlyError, NBLError, StrictError
+from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.lowering.lower import LOWERINGS, Compiled, lower, mode_options
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.lifting import lifted_tensors
@@ -42,6 +44,7 @@ class Options:
         dump_dir: Folder for graph dumps.
         strict: Raise if a graph holds sites and one that the plan rewrites is not rewritten.
         inductor: Patches of ``torch._inductor.config``.
+        report: Called with a ``GraphReport`` for every compiled graph.
     """
 
     plan: Plan | str | PathLike[str] | None = None
@@ -49,6 +52,7 @@ class Options:
     dump_dir: str | PathLike[str] | None = None
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[GraphReport], None] | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -109,7 +113,10 @@ def _compile(
         dump.traced(graph_module)
     graph_module = private_copy(graph_module)
     weights = _values(graph_module, example_inputs)
+    before = graph_cost(graph_module) if options.report is not None else None
     runs = run_pipeline(build_pipeline(plan), graph_module, dump)
+    if options.report is not None and before is not None:
+        options.report(GraphReport(tuple(runs), before, graph_cost(graph_module)))
     if dump is not None:
         dump.summary(graph_module)
     _check_sites(graph_module, runs, plan, options.strict)

@@ -1,0 +1,270 @@
+"""The command line: ``nbl calibrate | explain | eval | generate | bench | demo``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nbl_compiler.errors import ConfigError, NBLError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a pretrained transformer faster without fine-tuning it.",
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, or gemma-3-270m (packaged).")]
+PlanFile = Annotated[Path, typer.Argument(help="Plan file (safetensors).")]
+Text = Annotated[
+    str, typer.Option(help="A .txt/.jsonl/.csv/.parquet file, a hub data set, or python-docs.")
+]
+Column = Annotated[str, typer.Option(help="Column of the data set that holds the text.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Lowering = Annotated[str, typer.Option(help="inductor, aot_eager or eager.")]
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    plan: PlanFile,
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "train",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    batch: Annotated[int, typer.Option(help="Rows a batch.")] = 4,
+    count: Annotated[int | None, typer.Option(help="Replace the best COUNT layers.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Replace these, such as 3,5,8.")] = None,
+    max_nmse: Annotated[float | None, typer.Option(help="Leave layers with more error.")] = None,
+    rank_by: Annotated[str, typer.Option(help="nmse or cca.")] = "nmse",
+    input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
+    ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate a model on text and write the plan."""
+    from nbl_compiler.calibration import calibrate as run
+    from nbl_compiler.config import Attention, Config
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.text import TextSource, token_batches
+
+    chosen = tuple(_layer(item) for item in layers.split(",")) if layers else None
+    attention = Attention(count, chosen, max_nmse, rank_by, input)  # type: ignore[arg-type]
+    config = Config(attention, ridge=_ridge(ridge))
+    if not plan.parent.is_dir():
+        raise ConfigError(f"the folder {plan.parent} does not exist")
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    batches = token_batches(documents, tokenizer, tokens=tokens, length=length, batch=batch)
+    made = run(loaded, batches, config, progress=not quiet)
+    made.save(plan)
+    if as_json:
+        _print_json({"plan": str(plan), "digest": made.digest, **made.header()})
+    else:
+        console.print(str(made), highlight=False, markup=False)
+        console.print(f"written to {plan}")
+
+
+@app.command()
+def explain(
+    model: Model,
+    plan: Annotated[Path | None, typer.Option(help="Plan to apply.")] = None,
+    attention: Annotated[str, typer.Option(help="Attention implementation.")] = "sdpa",
+    as_json: Json = False,
+) -> None:
+    """Say which sites match, which a plan rewrites, and why the others are left alone."""
+    import torch
+
+    from nbl_compiler.explanation import explain as run
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.plan import Plan
+
+    loaded, _ = load_causal(model)
+    loaded.set_attn_implementation(attention)  # type: ignore[operator]
+    ids = torch.ones(1, 8, dtype=torch.long)
+    report = run(loaded, ids, plan=Plan.load(plan) if plan else None, use_cache=False)
+    if as_json:
+        _print_json(
+            {"matched": report.matched, "rewritten": report.rewritten, "reasons": report.reasons}
+        )
+    else:
+        console.print(str(report), highlight=False, markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    plan: PlanFile,
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "validation",
+    tokens: Annotated[int, typer.Option(help="Evaluation tokens.")] = 16_384,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    drop: Annotated[bool, typer.Option(help="Also drop the same layers, for comparison.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    lowering: Lowering = "inductor",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of the dense model and of the plan, on text you name."""
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.plan import Plan
+    from nbl_compiler.quality import compare
+    from nbl_compiler.text import TextSource
+
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    result = compare(
+        loaded, tokenizer, Plan.load(plan), documents, tokens=tokens, length=length, drop=drop,
+        lowering=lowering, progress=not quiet,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+    else:
+        for name, value in result.items():
+            console.print(f"{name:>16}: {value:,.3f}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    plan: Annotated[Path | None, typer.Option(help="Plan; without it the dense model.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    lowering: Lowering = "inductor",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt greedily."""
+    import torch
+    from transformers import StaticCache
+
+    from nbl_compiler.generate import greedy
+    from nbl_compiler.kv_cache import cache
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.plan import Plan
+
+    loaded, tokenizer = load_causal(model, dtype, device)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    length = ids.shape[1] + new_tokens
+    options: dict[str, Any] = {"lowering": lowering, "plan": Plan.load(plan) if plan else Plan()}
+    forward = torch.compile(loaded, backend="nbl", options=options)
+    kv = (
+        cache(loaded, options["plan"], length)
+        if plan
+        else StaticCache(config=loaded.config, max_cache_len=length)
+    )
+    made = greedy(forward, ids, kv, new_tokens, tokenizer.eos_token_id)
+    text = tokenizer.decode(torch.cat([ids, made], 1)[0], skip_special_tokens=True)
+    if as_json:
+        _print_json({"text": text, "new_tokens": made.shape[1]})
+    else:
+        console.print(text, markup=False)
+
+
+@app.command()
+def bench(
+    model: Model,
+    plan: PlanFile,
+    prefill: Annotated[str, typer.Option(help="Prompt lengths.")] = "512",
+    decode: Annotated[str, typer.Option(help="Context lengths.")] = "512,2048",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode against dense Inductor, same run, interleaved."""
+    from nbl_compiler import speed
+    from nbl_compiler.cost import measure_machine
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.plan import Plan
+    from nbl_compiler.speed_table import as_rows, speed_table
+
+    loaded, _ = load_causal(model, dtype, device)
+    machine, size = measure_machine(), loaded.config.vocab_size
+    with speed.measuring():
+        pair = speed.contenders(loaded, Plan.load(plan))
+        rows = [speed.prefill(pair, size, n, machine) for n in _numbers(prefill)]
+        rows += [speed.decode(pair, size, n, machine) for n in _numbers(decode)]
+        seconds = [c.compile_seconds for c in pair]
+    if as_json:
+        _print_json({"rows": as_rows(rows), "compile_seconds": seconds})
+    else:
+        console.print(speed_table(rows))
+        console.print(f"compile seconds: dense {seconds[0]:.1f}, nbl {seconds[1]:.1f}")
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Any folder or hub id.")] = "gemma-3-270m",
+    count: Annotated[int, typer.Option(help="Attention layers to linearize.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16_384,
+    plan: Annotated[Path | None, typer.Option(help="Also write the plan here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Calibrate, compile, compare with dense Inductor, generate: all in one go."""
+    from nbl_compiler import demo as show
+
+    result = show.run(
+        show.DemoOptions(model=model, count=count, tokens=tokens), progress=not as_json
+    )
+    if plan is not None:
+        result.plan.save(plan)
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        console.print(str(result.plan), highlight=False, markup=False)
+        console.print(show.table(result))
+        console.print(show.notes(result), highlight=False, markup=False)
+
+
+def _layer(item: str) -> int | str:
+    text = item.strip()
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _ridge(text: str) -> Any:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--ridge {text!r} is neither 'auto' nor a number") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        raise ConfigError(f"{text!r} is no list of numbers such as 512,2048") from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on stderr and status 1."""
+    try:
+        app()
+    except (NBLError, FileNotFoundError) as error:
+        sys.stderr.write(f"nbl: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

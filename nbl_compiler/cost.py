@@ -1,0 +1,136 @@
+"""What a graph costs: floating-point operations and bytes moved, node by node.
+
+A roofline of the whole graph: every matrix product, attention and materialised copy takes the
+longer of its arithmetic and its memory time; pointwise work counts as fused into its neighbours.
+It predicts *ratios* between two graphs on one machine, which is what a rewrite is judged by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from nbl_compiler.passes.graph_tools import example_value, is_call, projection_input
+
+_ATTENTION = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
+_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.baddbmm})
+_COPIES = frozenset({"reshape", "contiguous", "clone", "repeat", "repeat_interleave", "roll"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node's arithmetic and traffic.
+
+    Args:
+        node: Its name.
+        flops: Floating-point operations.
+        bytes: Bytes read and written.
+    """
+
+    node: str
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates a machine sustains.
+
+    Args:
+        bytes_per_second: Reading weights in a matrix-vector product.
+        flops_per_second: In a large matrix product.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Everything one graph does."""
+
+    work: tuple[Work, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the graph."""
+        return sum(w.flops for w in self.work)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by the graph."""
+        return sum(w.bytes for w in self.work)
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the roofline time of the graph on a machine."""
+        return sum(
+            max(w.flops / machine.flops_per_second, w.bytes / machine.bytes_per_second)
+            for w in self.work
+        )
+
+
+def graph_cost(graph_module: GraphModule) -> Cost:
+    """Count the work of a graph whose nodes carry example values."""
+    return Cost(tuple(w for node in graph_module.graph.nodes if (w := _work(node)) is not None))
+
+
+def _work(node: Node) -> Work | None:
+    out = example_value(node)
+    if not isinstance(out, Tensor):
+        return None
+    operands = [v for n in node.all_input_nodes if isinstance(v := example_value(n), Tensor)]
+    if is_call(node, _ATTENTION):
+        query, key = example_value(node.args[0]), example_value(node.args[1])  # type: ignore[arg-type]
+        assert isinstance(query, Tensor)
+        assert isinstance(key, Tensor)
+        flops = 4 * _int(prod(query.shape)) * _int(key.shape[-2])
+        return Work(node.name, flops, _traffic(operands, out))
+    if projection_input(node) is not None or is_call(node, _PRODUCTS, {"matmul", "bmm"}):
+        inner = _int(operands[0].shape[-1]) if operands else 0
+        if is_call(node, {torch.addmm, torch.baddbmm}) and len(operands) == 3:
+            inner = _int(operands[1].shape[-1])
+        return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
+    if is_call(node, {F.embedding}):
+        return Work(node.name, 0, 2 * _bytes(out))
+    if is_call(node, (), _COPIES) and _copies(node, operands, out):
+        return Work(node.name, 0, _traffic(operands, out))
+    return None
+
+
+def _copies(node: Node, operands: list[Tensor], out: Tensor) -> bool:
+    if is_call(node, (), {"clone", "repeat", "repeat_interleave", "roll"}):
+        return True
+    return bool(operands) and not operands[0].is_contiguous() and out.is_contiguous()
+
+
+def _traffic(operands: list[Tensor], out: Tensor) -> int:
+    return sum(_bytes(t) for t in operands) + _bytes(out)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes a tensor occupies; expanded dimensions (stride 0) occupy none."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return prod(_int(n) for n, stride in pairs if _int(stride) != 0) * tensor.element_size()
+
+
+def _int(size: object) -> int:
+    """Return a size, or the hint behind a symbolic one."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint or 1)
+    return int(size)  # type: ignore[call-overload,no-any-return]
+
+
+def measure_machine(repeats: int = 5) -> Machine:
+    """Measure this machine's rates with PyTorch's own linear layers (float32, CPU; ~1 s)."""
+    from nbl_compiler.timing import median_seconds
+
+    weight = torch.randn(8192, 4096)
+    vector, block = torch.randn(1, 4096), torch.randn(256, 4096)
+    slow = median_seconds(lambda: F.linear(vector, weight), repeats)
+    fast = median_seconds(lambda: F.linear(block, weight), repeats)
+    return Machine(weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast)

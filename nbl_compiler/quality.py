@@ -1,0 +1,45 @@
+"""Dense, linearized and dropped, on the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_compiler.evaluate import evaluation_rows, perplexity
+from nbl_compiler.plan import Plan
+
+
+def dropping(plan: Plan) -> Plan:
+    """Return a plan that drops what ``plan`` linearizes: maps of zero, so that y = 0."""
+    sites = tuple(
+        replace(site, tensors={k: torch.zeros_like(t) for k, t in site.tensors.items()})
+        for site in plan.sites
+    )
+    return Plan(sites, plan.fingerprint, plan.model, plan.config)
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    plan: Plan,
+    documents: Iterable[str],
+    *,
+    tokens: int,
+    length: int = 512,
+    drop: bool = False,
+    lowering: str = "inductor",
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return perplexities and their ratios to the dense model's, on the same rows."""
+    rows = evaluation_rows(documents, tokenizer, tokens=tokens, length=length)
+    plans = {"dense": Plan(), "nbl": plan, **({"dropped": dropping(plan)} if drop else {})}
+    result: dict[str, float] = {}
+    for name, used in plans.items():
+        forward = torch.compile(model, backend="nbl", options={"plan": used, "lowering": lowering})
+        result[name] = perplexity(forward, rows, progress=progress).perplexity
+    ratios = {f"{name} / dense": value / result["dense"] for name, value in result.items()}
+    return {**result, **{k: v for k, v in ratios.items() if k != "dense / dense"}}

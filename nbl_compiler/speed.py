@@ -1,0 +1,225 @@
+"""Speed of a plan against dense Inductor: prefill and decode, same process, interleaved.
+
+Predictions stand beside measurements: the roofline of both graphs (``nbl_compiler.cost``) on rates
+measured on this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from nbl_compiler.cost import Machine
+from nbl_compiler.graph_report import GraphReport
+from nbl_compiler.kv_cache import cache, cache_bytes
+from nbl_compiler.plan import Plan
+from nbl_compiler.timing import Timing, interleaved
+
+
+@dataclass
+class Contender:
+    """One compiled form of the model.
+
+    Args:
+        name: ``"dense"`` or ``"nbl"``.
+        forward: The compiled model.
+        make_cache: Builds an empty static cache of a length.
+        reports: What the backend reported for each graph it compiled (nbl only).
+        compile_seconds: First call minus a later one, summed over the graphs compiled so far.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    make_cache: Callable[[int], Any]
+    reports: list[GraphReport] = field(default_factory=list)
+    compile_seconds: float = 0.0
+
+    def first_call(self, call: Callable[[], object]) -> None:
+        """Run a call twice and book what the first one took longer as compile time."""
+        started = time.perf_counter()
+        call()
+        middle = time.perf_counter()
+        call()
+        self.compile_seconds += max(2 * middle - started - time.perf_counter(), 0.0)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One measured point.
+
+    Args:
+        what: ``"prefill"`` or ``"decode"``.
+        context: Tokens in the prompt, or in the cache.
+        dense, nbl: Seconds of one prefill or one decoded token.
+        predicted: Speed-up that the rooflines of the two graphs predict.
+        kv_bytes: Bytes of the KV caches, (dense, nbl); (0, 0) for prefill.
+    """
+
+    what: str
+    context: int
+    dense: Timing
+    nbl: Timing
+    predicted: float
+    kv_bytes: tuple[int, int] = (0, 0)
+
+    @property
+    def speedup(self) -> float:
+        """Dense seconds over nbl seconds, medians."""
+        return self.dense.median / self.nbl.median
+
+
+def contenders(model: nn.Module, plan: Plan, **options: Any) -> tuple[Contender, Contender]:
+    """Return (dense Inductor, nbl) for one decoder; nothing is compiled yet."""
+    from transformers import StaticCache
+
+    reports: list[GraphReport] = []
+    dense = Contender(
+        "dense",
+        torch.compile(model, backend="inductor"),
+        lambda length: StaticCache(config=model.config, max_cache_len=length),
+    )
+    settings = {"plan": plan, "report": reports.append, **options}
+    fast = torch.compile(model, backend="nbl", options=settings)  # type: ignore[arg-type]
+    nbl = Contender("nbl", fast, lambda length: cache(model, plan, length, "static"), reports)
+    return dense, nbl
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Room for many shapes in Dynamo's cache, no gradients, and no compiled code from before."""
+    from torch._inductor.utils import fresh_cache
+
+    with (
+        torch.no_grad(),
+        fresh_cache(),
+        torch._dynamo.config.patch(recompile_limit=64, automatic_dynamic_shapes=False),
+    ):
+        torch._dynamo.reset()
+        yield
+    torch._dynamo.reset()
+
+
+def prefill(
+    pair: tuple[Contender, Contender],
+    vocabulary: int,
+    length: int,
+    machine: Machine,
+    repeats: int = 3,
+) -> SpeedRow:
+    """Time one prompt of ``length`` tokens, batch 1, logits of the last position only."""
+    generator = torch.Generator().manual_seed(0)
+    device = _device(pair)
+    ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
+    calls = {}
+    for contender in pair:
+        calls[contender.name] = _prefill_call(contender, ids)
+        contender.first_call(calls[contender.name])
+    times = interleaved(calls, repeats)
+    return SpeedRow("prefill", length, times["dense"], times["nbl"], _predict(pair[1], machine))
+
+
+def _prefill_call(contender: Contender, ids: Tensor) -> Callable[[], object]:
+    return lambda: contender.forward(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+
+def decode(
+    pair: tuple[Contender, Contender],
+    vocabulary: int,
+    context: int,
+    machine: Machine,
+    repeats: int = 5,
+    steps: int = 8,
+) -> SpeedRow:
+    """Time single-token steps with ``context`` tokens already in a static cache.
+
+    The cache is filled by setting its length: speed does not depend on what it holds.
+    """
+    device = _device(pair)
+    token = torch.randint(0, vocabulary, (1, 1), generator=torch.Generator().manual_seed(0))
+    token = token.to(device)
+    calls, sizes = {}, []
+    for contender in pair:
+        kv = contender.make_cache(context + 2 * steps + 2)
+        calls[contender.name] = _decode_call(contender, kv, token, context, steps)
+        # two calls: the sliding-window layers' Python lengths turn symbolic in the second
+        calls[contender.name]()
+        contender.first_call(calls[contender.name])
+        sizes.append(cache_bytes(kv))
+    times = interleaved(calls, repeats)
+    per_token = {k: Timing(tuple(r / steps for r in t.runs)) for k, t in times.items()}
+    predicted = _predict(pair[1], machine)
+    return SpeedRow(
+        "decode", context, per_token["dense"], per_token["nbl"], predicted, (sizes[0], sizes[1])
+    )
+
+
+def _decode_call(
+    contender: Contender, kv: Any, token: Tensor, context: int, steps: int
+) -> Callable[[], object]:
+    def run() -> None:
+        set_length(kv, context)
+        for _ in range(steps):
+            contender.forward(input_ids=token, past_key_values=kv)
+
+    set_up(kv, contender, token)
+    return run
+
+
+def set_up(kv: Any, contender: Contender, token: Tensor) -> None:
+    """Allocate the layers of a static cache (outside compiled code, as generate does)."""
+    config = _config(contender).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = next(contender.forward.parameters()).dtype  # type: ignore[attr-defined]
+    kv.early_initialization(
+        batch_size=token.shape[0], num_heads=heads, head_dim=width, dtype=dtype, device=token.device
+    )
+
+
+def set_length(kv: Any, length: int) -> None:
+    """Pretend that a static cache already holds ``length`` tokens."""
+    for layer in kv.layers:
+        if getattr(layer, "is_sliding", False):
+            layer.cumulative_length_int = length
+        layer.cumulative_length.fill_(min(length, layer.max_cache_len - 1))
+        if not getattr(layer, "is_sliding", False):
+            layer.cumulative_length.fill_(length)
+
+
+def _config(contender: Contender) -> Any:
+    return contender.forward.config  # type: ignore[attr-defined]
+
+
+def _device(pair: tuple[Contender, Contender]) -> torch.device:
+    return next(pair[0].forward.parameters()).device  # type: ignore[attr-defined,no-any-return]
+
+
+def _predict(contender: Contender, machine: Machine) -> float:
+    """Return the predicted speed-up of the last graph that was compiled."""
+    report = contender.reports[-1]
+    return report.before.seconds(machine) / report.after.seconds(machine)
+
+
+def parameters_touched(model: nn.Module, plan: Plan) -> tuple[int, int]:
+    """Return the parameters that one decoded token reads, (dense, nbl).
+
+    An input embedding that is not also the output matrix is read one row a token.
+    """
+    tied = {id(p) for p in model.parameters()}
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if id(embedding) in tied and (head is None or head.weight is not embedding):
+        total -= embedding.numel()
+    saved = sum(
+        site.details["parameters"] - sum(t.numel() for t in site.tensors.values())
+        for site in plan.rewritten
+    )
+    return total, total - saved

@@ -1,0 +1,125 @@
+"""Text for calibration and evaluation: local files, hub datasets, or what every Python has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbl_compiler.errors import ConfigError
+
+PYTHON_DOCS = "python-docs"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where text comes from.
+
+    Args:
+        name: A local ``.txt``, ``.jsonl``/``.json``, ``.csv`` or ``.parquet`` file, a dataset on the
+            hub (``org/name`` or ``org/name:configuration``), or ``"python-docs"``: the standard
+            library's ``pydoc_data.topics``, which every Python has.
+        split: Split of a hub dataset.
+        column: Column that holds the text.
+    """
+
+    name: str
+    split: str = "train"
+    column: str = "text"
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents that hold any text.
+
+        Raises:
+            ConfigError: if the file does not exist or has no such column.
+        """
+        if self.name == PYTHON_DOCS:
+            yield from _python_docs()
+            return
+        path = Path(self.name)
+        if path.suffix == ".txt":
+            if not path.is_file():
+                raise ConfigError(f"no text file at {path}")
+            yield path.read_text(encoding="utf-8")
+            return
+        for row in self._rows(path):
+            if self.column not in row:
+                raise ConfigError(
+                    f"{self.name} has no column {self.column!r}; it has {', '.join(row)}"
+                )
+            if row[self.column]:
+                yield row[self.column]
+
+    def _rows(self, path: Path) -> Iterable[dict[str, Any]]:
+        import datasets
+
+        loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+        if path.suffix in loaders:
+            if not path.is_file():
+                raise ConfigError(f"no data file at {path}")
+            datasets.disable_progress_bars()
+            files = {"train": str(path)}
+            return datasets.load_dataset(loaders[path.suffix], data_files=files, split="train")  # type: ignore[no-any-return]
+        name, _, configuration = self.name.partition(":")
+        return datasets.load_dataset(name, configuration or None, split=self.split, streaming=True)  # type: ignore[no-any-return]
+
+
+def _python_docs() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def python_docs_parts() -> tuple[list[str], list[str]]:
+    """Return the standard library's help topics as (calibration, held-out) documents.
+
+    Every fourth topic is held out, so both parts cover the same subjects and share no document.
+    """
+    documents = list(_python_docs())
+    held = documents[::4]
+    return [d for i, d in enumerate(documents) if i % 4], held
+
+
+def token_batches(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int = 512,
+    batch: int = 4,
+) -> list[Tensor]:
+    """Pack documents into full rows of token ids.
+
+    Documents follow one another, each with the tokenizer's own special tokens. A last, shorter
+    row is kept only if there is no full one.
+
+    Args:
+        documents: Any iterable of texts; read only as far as needed.
+        tokenizer: A transformers tokenizer.
+        tokens: Number of tokens wanted, at most.
+        length: Tokens a row, T.
+        batch: Rows a batch, B.
+
+    Returns:
+        Tensors of ids [B, T] (the last may have fewer rows).
+
+    Raises:
+        ConfigError: if the documents hold no text.
+    """
+    ids: list[int] = []
+    for document in documents:
+        ids.extend(tokenizer(document, truncation=False)["input_ids"])
+        if len(ids) >= tokens:
+            break
+    ids = ids[:tokens]
+    if not ids:
+        raise ConfigError("the text is empty")
+    if len(ids) < length:
+        return [torch.tensor([ids])]
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return list(rows.split(batch))

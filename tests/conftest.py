@@ -1,0 +1,34 @@
+"""One Hypothesis profile, a fresh Dynamo for every test, and a quiet transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+import transformers
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "nbl",
+    deadline=None,  # compiling takes as long as it takes
+    derandomize=True,  # a failure in CI is a failure here
+    print_blob=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("nbl")
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Keep compiled code, warnings already given and seeds from leaking between tests."""
+    from nbl_compiler import backend
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    backend._warned.clear()
+    yield
+    torch._dynamo.reset()
