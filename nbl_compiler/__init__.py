@@ -15,9 +15,9 @@ from nbl_compiler import errors
 from nbl_compiler.config import Attention, Config
 
 if TYPE_CHECKING:
-    from nbl_compiler.kv_cache import cache, cache_bytes
     from nbl_compiler.calibration import calibrate
     from nbl_compiler.explanation import Report, explain
+    from nbl_compiler.kv_cache import cache, cache_bytes
     from nbl_compiler.plan import Plan, Site
     from nbl_compiler.registry import attach
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from os import PathLike, fspath, stat
+from collections.abc import Mapping, Sequence
+from os import fspath
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nbl_compiler import registry
-from nbl_compiler.attachment_guard import guard_on_attachments
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
-from nbl_compiler.errors import ConfigError, InferenceOnlyError, NBLError, StrictError
+from nbl_compiler.errors import InferenceOnlyError, StrictError
+from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.graph_report import GraphReport
-from nbl_compiler.lowering.lower import LOWERINGS, Compiled, lower, mode_options
+from nbl_compiler.lowering.lower import Compiled, lower
+from nbl_compiler.options import Options
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import PassRun, build_pipeline, run_pipeline
@@ -26,52 +26,14 @@ from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.sites import load_linearized, load_matches
 from nbl_compiler.passes.upstream import upstream_weights
 from nbl_compiler.plan import Plan
+from nbl_compiler.plan_file import load_shared
+from nbl_compiler.user_errors import reported_by_dynamo
 
 _NO_PLAN = (
     'backend="nbl" found no plan for this model and compiles it unchanged. Calibrate one with '
     "`plan = nbl_compiler.calibrate(model, batches)` (it is attached to the model), or pass "
     'options={"plan": plan_or_path}.'
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``torch.compile(..., options={...})`` accepts.
-
-    Args:
-        plan: A plan, or the path of one; without it, the plan attached to the model.
-        lowering: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
-        dump_dir: Folder for graph dumps.
-        strict: Raise if a graph holds sites and one that the plan rewrites is not rewritten.
-        inductor: Patches of ``torch._inductor.config``.
-        report: Called with a ``GraphReport`` for every compiled graph.
-    """
-
-    plan: Plan | str | PathLike[str] | None = None
-    lowering: str = "inductor"
-    dump_dir: str | PathLike[str] | None = None
-    strict: bool = False
-    inductor: Mapping[str, Any] = field(default_factory=dict)
-    report: Callable[[GraphReport], None] | None = None
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any] | None) -> Options:
-        """Check and type the options.
-
-        Raises:
-            ConfigError: for an unknown option or value.
-        """
-        given = dict(options or {})
-        known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"unknown option {name!r}; backend nbl knows {', '.join(known)}")
-        parsed = cls(**given)
-        if parsed.lowering not in LOWERINGS:
-            raise ConfigError(f"lowering={parsed.lowering!r} must be one of {', '.join(LOWERINGS)}")
-        if not isinstance(parsed.plan, Plan | str | PathLike | None):
-            raise ConfigError(f"plan={parsed.plan!r} must be a Plan or the path of one")
-        return parsed
 
 
 def nbl(
@@ -92,27 +54,27 @@ def nbl(
     Raises:
         NBLError: for every user's mistake (see ``nbl_compiler.errors``).
     """
-    try:
-        return _compile(graph_module, example_inputs, Options.parse(options), mode)
-    except NBLError as error:
-        raise _unwrapped(error) from error.__cause__
+    with reported_by_dynamo():
+        return _compile(graph_module, example_inputs, Options.parse(options, mode))
 
 
 def _compile(
-    graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+    graph_module: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Compiled:
-    inductor = {**mode_options(mode), **options.inductor}
-    plan = _find_plan(options, example_inputs)
-    if plan is None or not plan.rewritten:
-        if plan is None and any(isinstance(x, nn.Parameter) for x in example_inputs):
-            _warn_once(_NO_PLAN)
-        return lower(graph_module, example_inputs, options.lowering, inductor)
-    _require_inference(example_inputs)
-    dump = DumpFolder(options.dump_dir, plan.digest) if options.dump_dir is not None else None
-    if dump is not None:
+    patches = options.inductor_patches()
+    plan = _find_plan(options, graph_module, example_inputs)
+    dump = None
+    if options.dump_dir is not None:
+        dump = DumpFolder(options.dump_dir, None if plan is None else plan.digest)
         dump.traced(graph_module)
+    if plan is None or not plan.rewritten:
+        if dump is not None:
+            dump.summary(graph_module)
+        return lower(graph_module, example_inputs, options.lowering, patches)
+    _require_inference(example_inputs)
+    guard_on_weights(graph_module)
     graph_module = private_copy(graph_module)
-    weights = _values(graph_module, example_inputs)
+    weights = _weights(graph_module, example_inputs)
     before = graph_cost(graph_module) if options.report is not None else None
     runs = run_pipeline(build_pipeline(plan), graph_module, dump)
     if options.report is not None and before is not None:
@@ -120,16 +82,15 @@ def _compile(
     if dump is not None:
         dump.summary(graph_module)
     _check_sites(graph_module, runs, plan, options.strict)
-    feeding = upstream_weights(graph_module)
-    registry.check_weights((weights[n] for n in feeding if n in weights), plan, "this model")
+    _check_weights(graph_module, weights, plan)
     lifted = lifted_tensors(graph_module)
     nodes = graph_module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
     fakes = [node.meta["example_value"] for node in nodes]
-    compiled = lower(graph_module, [*example_inputs, *fakes], options.lowering, inductor)
-    return _close_over(compiled, lifted)
+    compiled = lower(graph_module, [*example_inputs, *fakes], options.lowering, patches)
+    return _close_over(compiled, lifted, plan)
 
 
-def _close_over(compiled: Compiled, lifted: Sequence[Tensor]) -> Compiled:
+def _close_over(compiled: Compiled, lifted: Sequence[Tensor], plan: Plan) -> Compiled:
     if not lifted:
         return compiled
     extra = tuple(lifted)
@@ -137,32 +98,23 @@ def _close_over(compiled: Compiled, lifted: Sequence[Tensor]) -> Compiled:
     def run(*inputs: Any) -> Any:
         return compiled(*inputs, *extra)
 
+    run.plan = plan  # type: ignore[attr-defined]  # keeps a plan given by its path loaded
     return run
 
 
-def _find_plan(options: Options, example_inputs: Sequence[Any]) -> Plan | None:
+def _find_plan(
+    options: Options, graph_module: GraphModule, example_inputs: Sequence[Any]
+) -> Plan | None:
     if isinstance(options.plan, Plan):
         return options.plan
     if options.plan is not None:
-        return _load(fspath(options.plan))
-    guard_on_attachments()
-    return registry.find_plan(example_inputs)
-
-
-_loaded: dict[str, tuple[tuple[int, int], Plan]] = {}
-
-
-def _load(path: str) -> Plan:
-    """Load a plan once, so that every graph of a model shares its tensors."""
-    try:
-        status = stat(path)
-    except FileNotFoundError:
-        raise ConfigError(f"no plan at {path}; write one with plan.save(...)") from None
-    stamp = (status.st_mtime_ns, status.st_size)
-    known = _loaded.get(path)
-    if known is None or known[0] != stamp:
-        known = _loaded[path] = (stamp, Plan.load(path))
-    return known[1]
+        return load_shared(fspath(options.plan))
+    guard_on_weights(graph_module)
+    registry.remember_compiled(example_inputs, code_being_compiled())
+    plan = registry.find_plan(example_inputs)
+    if plan is None and any(isinstance(x, nn.Parameter) for x in example_inputs):
+        _warn_once(_NO_PLAN)
+    return plan
 
 
 def _require_inference(example_inputs: Sequence[Any]) -> None:
@@ -174,10 +126,10 @@ def _require_inference(example_inputs: Sequence[Any]) -> None:
         )
 
 
-def _values(graph_module: GraphModule, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
-    """Return graph input name → value for the model's parameters."""
+def _weights(graph_module: GraphModule, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
+    """Return node name → value for the model's parameters."""
     nodes = graph_module.graph.find_nodes(op="placeholder")
-    values = {
+    values: dict[str, Tensor] = {
         n.name: x for n, x in zip(nodes, example_inputs, strict=True) if isinstance(x, nn.Parameter)
     }
     for node in graph_module.graph.find_nodes(op="get_attr"):
@@ -186,6 +138,22 @@ def _values(graph_module: GraphModule, example_inputs: Sequence[Any]) -> dict[st
             if isinstance(value, nn.Parameter):
                 values[node.name] = value
     return values
+
+
+def _check_weights(graph_module: GraphModule, weights: Mapping[str, Tensor], plan: Plan) -> None:
+    """Raise unless the maps belong to these weights: to each site's own, and to all before it.
+
+    The second test alone would let pass a model whose layers were reordered or pruned.
+    """
+    feeding = {name: weights[name] for name in upstream_weights(graph_module) if name in weights}
+    registry.check_weights(feeding, plan, "this model")
+    for match in load_linearized(graph_module):
+        site = plan.find(match.site, "attention")
+        known = None if site is None else site.details.get("weights")
+        if known is not None:
+            own = {w.name: weights[w.name] for w in match.weights if w.name in weights}
+            sketches = [plan.fingerprint[i] for i in known]
+            registry.check_weights(own, plan, match.site, sketches)
 
 
 def _check_sites(
@@ -229,23 +197,3 @@ def _warn_once(text: str) -> None:
 
 class NBLWarning(UserWarning):
     """Something works, but not as the user may expect."""
-
-
-def _unwrapped(error: NBLError) -> NBLError:
-    """Return the error in a form that Dynamo hands to the user as it is.
-
-    Dynamo wraps what backends raise into ``BackendCompilerFailed`` unless it is a
-    ``ShortenTraceback``; so the error gets that as a second base.
-    """
-    from torch._dynamo.exc import ShortenTraceback
-
-    def initialise(self: Any, message: str) -> None:
-        Exception.__init__(self, message)
-        self.first_useful_frame = None
-
-    kind = type(error)
-    namespace = {"__init__": initialise, "__module__": kind.__module__}
-    both = type(kind.__name__, (kind, ShortenTraceback), namespace)
-    result = both(str(error))
-    assert isinstance(result, NBLError)
-    return result

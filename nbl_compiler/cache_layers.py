@@ -134,4 +134,6 @@ def length_only(layer: CacheLayerMixin) -> CacheLayerMixin:
         return LengthOnlyDynamicSlidingLayer(layer.sliding_window)
     if kind is DynamicLayer:
         return LengthOnlyDynamicLayer()
-    raise ConfigError(f"nbl.cache has no storage-free form of {kind.__name__}; use an ordinary cache")
+    raise ConfigError(
+        f"nbl.cache has no storage-free form of {kind.__name__}; use an ordinary cache"
+    )

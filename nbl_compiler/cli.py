@@ -47,7 +47,7 @@ def calibrate(
     count: Annotated[int | None, typer.Option(help="Replace the best COUNT layers.")] = None,
     layers: Annotated[str | None, typer.Option(help="Replace these, such as 3,5,8.")] = None,
     max_nmse: Annotated[float | None, typer.Option(help="Leave layers with more error.")] = None,
-    rank_by: Annotated[str, typer.Option(help="nmse or cca.")] = "nmse",
+    rank_by: Annotated[str, typer.Option(help="nmse, loss or cca.")] = "nmse",
     input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
     ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
     dtype: Dtype = "float32",

@@ -38,7 +38,9 @@ class Attention:
             either, the best quarter of the sites (rounded up).
         layers: Replace exactly these sites: indices in model order, or site names.
         max_nmse: Never replace a site whose held-out NMSE exceeds this.
-        rank_by: ``"nmse"`` (held-out normalised mean squared error of the map) or ``"cca"``
+        rank_by: ``"nmse"`` (held-out normalised mean squared error of the map), ``"loss"`` (what
+            the maps do to the model's predictions, tried together on a batch that is set aside;
+            better, slower, for causal language models) or ``"cca"``
             (the bound of NBL, arXiv 2505.21077, theorem 3.2).
         input: The map's input: ``"normed"``, what the projections read, or ``"residual"``, the
             residual stream before the norm (as in the paper's released code).
@@ -51,7 +53,7 @@ class Attention:
     count: int | None = None
     layers: tuple[int | str, ...] | None = None
     max_nmse: float | None = None
-    rank_by: Literal["nmse", "cca"] = "nmse"
+    rank_by: Literal["nmse", "loss", "cca"] = "nmse"
     input: Literal["normed", "residual"] = "normed"
     taps: int = 0
 
@@ -59,8 +61,10 @@ class Attention:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
         _check_selection("Attention", self.count, self.layers, self.max_nmse)
-        if self.rank_by not in ("nmse", "cca"):
-            raise ConfigError(f"Attention: rank_by={self.rank_by!r} must be 'nmse' or 'cca'")
+        if self.rank_by not in ("nmse", "loss", "cca"):
+            raise ConfigError(
+                f"Attention: rank_by={self.rank_by!r} must be 'nmse', 'loss' or 'cca'"
+            )
         if self.input not in ("normed", "residual"):
             raise ConfigError(f"Attention: input={self.input!r} must be 'normed' or 'residual'")
         if self.taps != 0:
@@ -91,9 +95,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.ridge != "auto" and not (
-            isinstance(self.ridge, int | float) and self.ridge >= 0
-        ):
+        if self.ridge != "auto" and not (isinstance(self.ridge, int | float) and self.ridge >= 0):
             raise ConfigError(f"Config: ridge={self.ridge!r} must be 'auto' or at least 0")
         if not 0 <= self.holdout <= 0.5:
             raise ConfigError(f"Config: holdout={self.holdout!r} must lie in [0, 0.5]")

@@ -1,4 +1,4 @@
-"""Merging calibration across processes: moments are a commutative monoid, so this is a sum."""
+"""Calibration in several processes: moments are a commutative monoid, so merging is a sum."""
 
 from __future__ import annotations
 
@@ -6,9 +6,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nbl_compiler.errors import CalibrationError
+from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.observe import Observation
+from nbl_compiler.plan import Plan
+from nbl_compiler.plan_file import from_bytes, to_bytes
 from nbl_compiler.solvers.moments import Moments
+
+
+def several_processes() -> bool:
+    """Tell whether this is one process of a ``torch.distributed`` job of more than one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def fail_together(error: NBLError | None) -> None:
+    """Raise in every process if one of them failed, instead of leaving the others to wait.
+
+    Raises:
+        NBLError: this process's own error.
+        CalibrationError: if another process failed, naming it.
+    """
+    if not several_processes():
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise CalibrationError(f"process {rank} failed: {message}")
 
 
 def merge_across_processes(observation: Observation) -> Observation:
@@ -17,7 +44,7 @@ def merge_across_processes(observation: Observation) -> Observation:
     Raises:
         CalibrationError: if the processes saw different sites (one had no batches, say).
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return observation
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, list(observation.sites))
@@ -37,8 +64,7 @@ def merge_across_processes(observation: Observation) -> Observation:
 def all_reduce(moments: Moments) -> Moments:
     """Return the sum of all processes' moments (two reductions: the means, then the products)."""
     n = moments.count
-    device = moments.xx.device
-    count = torch.tensor([float(n)], dtype=torch.float64, device=device)
+    count = torch.tensor([float(n)], dtype=torch.float64, device=moments.xx.device)
     means = [
         shift * n + total
         for shift, total in (
@@ -48,15 +74,35 @@ def all_reduce(moments: Moments) -> Moments:
         )
     ]
     for tensor in (count, *means):
-        dist.all_reduce(tensor)
+        _sum(tensor)
     total = int(count.item())
     if total == 0:
         return moments
     own = moments.about(*(mean / total for mean in means))
-    products: list[Tensor] = [
-        own.sum_x, own.sum_y, own.sum_t, own.xx, own.yx, own.tx, own.tt, own.yy
-    ]  # fmt: skip
-    for tensor in products:
-        dist.all_reduce(tensor)
+    for product in (own.sum_x, own.sum_y, own.sum_t, own.xx, own.yx, own.tx, own.tt, own.yy):
+        _sum(product)
     own.count = total
     return own
+
+
+def _sum(tensor: Tensor) -> None:
+    if tensor.numel():  # held-out moments keep nothing of the stream
+        dist.all_reduce(tensor)
+
+
+def plan_of_first_process(plan: Plan, device: torch.device) -> Plan:
+    """Return the plan of process 0: solved on another machine, the last bits may differ.
+
+    Args:
+        plan: This process's own plan.
+        device: One that the process group can send from (its model's).
+    """
+    if not several_processes():
+        return plan
+    data = torch.frombuffer(bytearray(to_bytes(plan)), dtype=torch.uint8).to(device)
+    size = torch.tensor([data.numel()], device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    dist.broadcast(data, 0)
+    return from_bytes(bytes(data.cpu().numpy().tobytes()))

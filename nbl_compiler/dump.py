@@ -1,9 +1,9 @@
 """``options={"dump_dir": ...}``: what every pass did to every compiled graph, as files.
 
-    dump_dir/graph_000/00.dynamo.py                 as Dynamo traced it
-    dump_dir/graph_000/03.linearize_attention.before.py
-    dump_dir/graph_000/03.linearize_attention.after.py
-    dump_dir/graph_000/summary.md                   one page: passes, times, sites, reasons
+dump_dir/graph_000/00.dynamo.py                 as Dynamo traced it
+dump_dir/graph_000/03.linearize_attention.before.py
+dump_dir/graph_000/03.linearize_attention.after.py
+dump_dir/graph_000/summary.md                   one page: passes, times, sites, reasons
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.pipeline import PassRun
 
 
 class DumpFolder:
-    """One compiled graph's folder, the next free number below ``root``."""
+    """One compiled graph's folder, the next free number below ``root``.
 
-    def __init__(self, root: str | PathLike[str], plan_digest: str) -> None:
+    Args:
+        root: Folder of all dumps; made if missing.
+        plan_digest: Digest of the plan that is applied, if one is.
+
+    Raises:
+        ConfigError: if ``root`` cannot be written.
+    """
+
+    def __init__(self, root: str | PathLike[str], plan_digest: str | None) -> None:
         parent = Path(root)
-        parent.mkdir(parents=True, exist_ok=True)
-        number = len(list(parent.glob("graph_*")))
-        while True:
-            self.folder = parent / f"graph_{number:03d}"
-            try:
-                self.folder.mkdir()
-                break
-            except FileExistsError:
-                number += 1
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self.folder = _next_folder(parent)
+        except OSError as error:
+            raise ConfigError(f"dump_dir {parent} cannot be written: {error.strerror}") from error
         self._digest = plan_digest
         self._runs: list[PassRun] = []
 
@@ -57,7 +62,8 @@ class DumpFolder:
 
     def summary(self, graph_module: GraphModule) -> None:
         """Write the one-page summary."""
-        lines = [f"# {self.folder.name}", "", f"plan: `{self._digest}`", ""]
+        plan = "none" if self._digest is None else f"`{self._digest}`"
+        lines = [f"# {self.folder.name}", "", f"plan: {plan}", ""]
         lines += ["| pass | ms | matched | rewritten | left alone |", "|---|---|---|---|---|"]
         for run in self._runs:
             r = run.report
@@ -72,9 +78,22 @@ class DumpFolder:
                 f"- {run.name}: `{r.site}` left alone: {r.reason} (node `{r.node}`; {r.source})"
                 for r in run.report.rejected
             ]
-        (self.folder / "summary.md").write_text("\n".join(lines) + "\n")
+        (self.folder / "summary.md").write_text("\n".join(lines) + "\n", "utf-8")
 
     def _write(self, name: str, header: list[str], graph_module: GraphModule) -> None:
         code = graph_module.print_readable(print_output=False)
         text = "".join(f"# {line}\n" for line in header) + code
-        (self.folder / name).write_text(text)
+        (self.folder / name).write_text(text, "utf-8")
+
+
+def _next_folder(parent: Path) -> Path:
+    """Make and return the next ``graph_<number>`` folder; processes may share ``parent``."""
+    number = len(list(parent.glob("graph_*")))
+    while True:
+        folder = parent / f"graph_{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

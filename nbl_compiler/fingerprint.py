@@ -8,17 +8,20 @@ part: a wrapped model, or the base model alone, is recognised as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nbl_compiler.solvers.precision import full_precision
+
 # Sketches of the same values differ by float32 summation order: √N rounding steps of 2⁻²⁴.
 SAME_DTYPE_TOLERANCE = 1e-5
-# Rounding to a shorter dtype moves each weight by at most eps/2, independently of the pattern.
-ROUNDING_SAFETY = 4.0
+# Rounding to a shorter dtype moves each weight by at most eps/2 of itself, independently of the
+# pattern: the norm by at most eps/2, the sketch by about eps/4 (one standard deviation: eps/10).
+ROUNDING_SAFETY = 2.0
 
 _Key = tuple[int, int, torch.dtype]
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -57,7 +60,8 @@ class Sketch:
 
 def sketch(weight: Tensor) -> Sketch:
     """Return the sketch of a parameter (remembered until the parameter changes)."""
-    key: _Key = (weight._version, weight.data_ptr(), weight.dtype)
+    version = 0 if weight.is_inference() else weight._version  # inference tensors count nothing
+    key: _Key = (version, weight.data_ptr(), weight.dtype)
     known = _cache.get(weight)
     if known is not None and known[0] == key:
         result = known[1]
@@ -74,7 +78,8 @@ def _compute(weight: Tensor) -> Sketch:
         rows = rows.float()
     right = _pattern(rows.shape[1], rows)
     left = _pattern(rows.shape[0], rows)
-    value = float(left.double() @ (rows @ right).double())
+    with full_precision(rows.device):
+        value = float(left.double() @ (rows @ right).double())
     dtype = str(weight.dtype).removeprefix("torch.")
     return Sketch(tuple(weight.shape), dtype, float(torch.linalg.vector_norm(rows)), value)
 
@@ -85,13 +90,13 @@ def _pattern(size: int, like: Tensor) -> Tensor:
     return torch.cos(steps * steps * 0.7548776662466927 + 0.5).to(like.dtype)
 
 
-def find_stranger(weights: Iterable[Tensor], known: Iterable[Sketch]) -> Tensor | None:
-    """Return the first weight that none of the known sketches match, or None."""
+def find_stranger(weights: Mapping[str, Tensor], known: Iterable[Sketch]) -> str | None:
+    """Return the name of the first weight that none of the known sketches match, or None."""
     by_shape: dict[tuple[int, ...], list[Sketch]] = {}
     for item in known:
         by_shape.setdefault(item.shape, []).append(item)
-    for weight in weights:
+    for name, weight in weights.items():
         own = sketch(weight)
         if not any(own.matches(item) for item in by_shape.get(own.shape, ())):
-            return weight
+            return name
     return None

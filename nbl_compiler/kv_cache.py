@@ -45,7 +45,9 @@ def cache(
 
     config = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
-        raise ConfigError("nbl.cache serves decoder-only transformers models; use an ordinary cache")
+        raise ConfigError(
+            "nbl.cache serves decoder-only transformers models; use an ordinary cache"
+        )
     if implementation == "static":
         if max_cache_len is None:
             raise ConfigError("nbl.cache: a static cache needs max_cache_len=<number of positions>")
@@ -53,7 +55,9 @@ def cache(
     elif implementation == "dynamic":
         built = DynamicCache(config=config)
     else:
-        raise ConfigError(f"nbl.cache: implementation={implementation!r}: give 'static' or 'dynamic'")
+        raise ConfigError(
+            f"nbl.cache: implementation={implementation!r}: give 'static' or 'dynamic'"
+        )
     for index in linearized_layers(model, plan):
         built.layers[index] = length_only(built.layers[index])
     return built

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
 from os import PathLike
 from typing import Any, Literal
 
@@ -33,8 +35,9 @@ class Site:
         cca_bound: Σ (1 − ρ_i²), NBL's theorem 3.2 (nan if rejected).
         tensors: For a rewritten attention site ``weight`` [d_out, d] and ``bias`` [d_out], with
             y = x @ weight.T + bias; float32. Empty otherwise.
-        details: Plain numbers and strings: ``input``, ``ridge``, ``rank``, ``tokens``,
-            ``width_in``, ``width_out``, ``parameters`` (that the region reads).
+        details: Plain numbers, strings and lists: ``input``, ``ridge``, ``rank``, ``tokens``,
+            ``width_in``, ``width_out``, ``parameters`` (how many the region reads) and
+            ``weights`` (which of the plan's fingerprint they are).
     """
 
     name: str
@@ -48,7 +51,7 @@ class Site:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def header(self) -> dict[str, Any]:
-        """Return everything but the tensors, ready for JSON."""
+        """Return everything but the tensors (see ``to_json``)."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -80,10 +83,10 @@ class Plan:
         default_factory=dict, repr=False
     )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of every decision and tensor, as 64 hexadecimal digits."""
-        header = json.dumps(self.header(), sort_keys=True)
+        header = json.dumps(to_json(self.header()), sort_keys=True, allow_nan=False)
         state = hashlib.sha256(header.encode())
         for name, tensor in sorted(self.tensors().items()):
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -97,7 +100,7 @@ class Plan:
         return tuple(site for site in self.sites if site.decision == "rewritten")
 
     def header(self) -> dict[str, Any]:
-        """Return everything but the tensors, ready for JSON."""
+        """Return everything but the tensors (see ``to_json``)."""
         return {
             "model": self.model,
             "config": dict(self.config),
@@ -145,7 +148,8 @@ class Plan:
         """
         slot = (site.name, key, like.dtype, like.device)
         if slot not in self._cast:
-            self._cast[slot] = site.tensors[key].to(like.device, like.dtype)
+            with torch.inference_mode(False):  # what is made here outlives the caller's mode
+                self._cast[slot] = site.tensors[key].to(like.device, like.dtype)
         return self._cast[slot]
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -177,3 +181,29 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # immutable: a deep-copied model may share it
+
+
+def to_json(value: Any) -> Any:
+    """Return a copy in which every number is one that strict JSON can write.
+
+    JSON has no NaN and no infinity; they become ``{"float": "nan"}``, ``{"float": "inf"}`` and
+    ``{"float": "-inf"}``.
+    """
+    if isinstance(value, float) and not isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Undo ``to_json`` (tuples come back as lists)."""
+    if isinstance(value, dict):
+        if value.keys() == {"float"}:
+            return float(value["float"])
+        return {key: from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return value

@@ -5,27 +5,36 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from os import PathLike
+from os import PathLike, stat
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from nbl_compiler.errors import PlanFormatError
+from nbl_compiler.errors import ConfigError, PlanFormatError
 from nbl_compiler.fingerprint import Sketch
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plan import Plan, Site, from_json, to_json
 
 VERSION = 1
 _KEY = "nbl_plan"
+# What reading a header that somebody edited may raise, whatever they wrote into it.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
     """Write the plan to a temporary name beside ``path`` and rename it."""
+    write_atomically(path, to_bytes(plan))
+
+
+def to_bytes(plan: Plan) -> bytes:
+    """Return the content of the plan's file."""
     header = {"version": VERSION, "digest": plan.digest, **plan.header()}
-    tensors = {name: tensor.contiguous() for name, tensor in plan.tensors().items()}
-    write_atomically(path, save(tensors, metadata={_KEY: json.dumps(header)}))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in plan.tensors().items()}
+    metadata = {_KEY: json.dumps(to_json(header), allow_nan=False)}
+    return safetensors.torch.save(tensors, metadata=metadata)
 
 
 def write_atomically(path: str | PathLike[str], data: bytes) -> None:
@@ -50,44 +59,100 @@ def load_plan(path: str | PathLike[str]) -> Plan:
     """Read a plan and check its version and digest (see ``Plan.load``)."""
     target = Path(path)
     if not target.is_file():
-        raise FileNotFoundError(f"no plan at {target}; write one with plan.save(...) or `nbl calibrate`")
+        raise FileNotFoundError(
+            f"no plan at {target}; write one with plan.save(...) or `nbl calibrate`"
+        )
+    return from_bytes(target.read_bytes(), str(target))
+
+
+def from_bytes(data: bytes, path: str = "a plan in memory") -> Plan:
+    """Return the plan of a file's content.
+
+    Args:
+        data: What ``to_bytes`` returned.
+        path: Where the data came from, for error messages.
+
+    Raises:
+        PlanFormatError: if the data is truncated, edited, or of an unknown version.
+    """
     try:
-        with safe_open(target, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        tensors = safetensors.torch.load(data)
+        metadata = _metadata(data)
+    except (SafetensorError, *_DAMAGED) as error:
         raise PlanFormatError(
-            f"{target} is not a whole safetensors file ({error}); calibrate again or restore it"
+            f"{path} is not a whole safetensors file ({error}); calibrate again or restore it"
         ) from error
     if _KEY not in metadata:
-        raise PlanFormatError(f"{target} holds no nbl plan; is it a model's weight file?")
+        raise PlanFormatError(f"{path} holds no nbl plan; is it a model's weight file?")
+    return _checked(metadata[_KEY], tensors, path)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file: its JSON header follows 8 bytes of its length."""
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return dict(metadata)
+
+
+def _checked(text: str, tensors: dict[str, Tensor], path: str) -> Plan:
+    """Return the plan of a header and tensors, if they are as they were written."""
     try:
-        header = json.loads(metadata[_KEY])
+        header = from_json(json.loads(text))
         version = header["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanFormatError(f"the header of {target} is damaged; calibrate again") from error
+    except _DAMAGED as error:
+        raise PlanFormatError(f"the header of {path} is damaged; calibrate again") from error
     if version != VERSION:
         raise PlanFormatError(
-            f"{target} is a plan of version {version}; this release reads version {VERSION}: "
+            f"{path} is a plan of version {version}; this release reads version {VERSION}: "
             "calibrate again, or use the release that wrote it"
         )
-    plan = _build(header, tensors, target)
-    if plan.digest != header.get("digest"):
-        raise PlanFormatError(f"{target} was edited after it was written; calibrate again")
+    try:
+        plan = _build(header, tensors)
+        intact = plan.digest == header["digest"] and plan.tensors().keys() == tensors.keys()
+    except _DAMAGED as error:
+        raise PlanFormatError(
+            f"the header of {path} is damaged ({error}); calibrate again"
+        ) from error
+    if not intact:
+        raise PlanFormatError(f"{path} was edited after it was written; calibrate again")
     return plan
 
 
-def _build(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Plan:
+def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        site, key = name.rsplit("/", 1)
+        own.setdefault(site, {})[key] = tensor
+    sites = tuple(Site(**item, tensors=own.get(item["name"], {})) for item in header["sites"])
+    fingerprint = tuple(
+        Sketch(tuple(shape), dtype, norm, value)
+        for shape, dtype, norm, value in header["fingerprint"]
+    )
+    return Plan(sites, fingerprint, header["model"], header["config"])
+
+
+_Stamp = tuple[str, int, int, int]
+_shared: WeakValueDictionary[_Stamp, Plan] = WeakValueDictionary()
+
+
+def load_shared(path: str) -> Plan:
+    """Load a plan, or return the one already loaded from the unchanged file.
+
+    All graphs of a model share one plan's tensors that way; they are freed with the last graph.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+        PlanFormatError: if it is not a whole plan.
+    """
     try:
-        own: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            site, key = name.rsplit("/", 1)
-            own.setdefault(site, {})[key] = tensor
-        sites = tuple(Site(**item, tensors=own.get(item["name"], {})) for item in header["sites"])
-        fingerprint = tuple(
-            Sketch(tuple(shape), dtype, norm, value)
-            for shape, dtype, norm, value in header["fingerprint"]
-        )
-        return Plan(sites, fingerprint, header["model"], header["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanFormatError(f"the header of {path} is damaged ({error}); calibrate again") from error
+        status = stat(path)
+        stamp = (os.path.abspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
+        plan = _shared.get(stamp)
+        if plan is None:
+            plan = _shared[stamp] = load_plan(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read a plan at {path} ({error.strerror or error}); write one with "
+            "plan.save(...)"
+        ) from error
+    return plan

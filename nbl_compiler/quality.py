@@ -43,3 +43,12 @@ def compare(
         result[name] = perplexity(forward, rows, progress=progress).perplexity
     ratios = {f"{name} / dense": value / result["dense"] for name, value in result.items()}
     return {**result, **{k: v for k, v in ratios.items() if k != "dense / dense"}}
+
+
+def perplexity_of(
+    model: nn.Module, tokenizer: Any, plan: Plan, documents: Iterable[str], tokens: int
+) -> float:
+    """Return the perplexity under one plan, without lowering (quality does not depend on it)."""
+    rows = evaluation_rows(documents, tokenizer, tokens=tokens)
+    forward = torch.compile(model, backend="nbl", options={"plan": plan, "lowering": "eager"})
+    return perplexity(forward, rows).perplexity

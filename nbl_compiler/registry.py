@@ -6,24 +6,27 @@ parameters, held weakly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nbl_compiler.errors import PlanMismatchError
-from nbl_compiler.fingerprint import find_stranger
+from nbl_compiler.fingerprint import Sketch, find_stranger
 from nbl_compiler.plan import Plan
 
-# Dynamo guards on this number in every graph whose plan was looked up here, so that attaching a
-# plan to a model that was compiled before makes its next call compile again.
-generation = 0
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → plan
+_compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → code objects of its graphs
 
 
 def attach(model: nn.Module, plan: Plan | None) -> None:
     """Tie a plan to a model: ``torch.compile(model, backend="nbl")`` then finds it.
+
+    A model that was compiled before picks the change up at its next call. A plan given as
+    ``options={"plan": ...}`` comes first. A deep copy of the model has no plan until it is
+    attached to it as well.
 
     Args:
         model: The calibrated model, or one with the same weights.
@@ -32,16 +35,15 @@ def attach(model: nn.Module, plan: Plan | None) -> None:
     Raises:
         PlanMismatchError: if the plan was calibrated on other weights.
     """
-    global generation
-    parameters = list(model.parameters())
     if plan is not None:
-        check_weights(parameters, plan, type(model).__name__)
-    for parameter in parameters:
+        check_weights(dict(model.named_parameters()), plan, type(model).__name__)
+    changed = [p for p in model.parameters() if _plans.get(p) is not plan]
+    for parameter in changed:
         if plan is None:
-            _plans.pop(parameter, None)
+            _plans.pop(parameter)
         else:
             _plans[parameter] = plan
-    generation += 1
+    _forget_compiled_code(changed)
 
 
 def find_plan(inputs: Iterable[object]) -> Plan | None:
@@ -59,12 +61,53 @@ def find_plan(inputs: Iterable[object]) -> Plan | None:
     return next(iter(plans.values()), None)
 
 
-def check_weights(weights: Iterable[Tensor], plan: Plan, what: str) -> None:
-    """Raise unless every weight is one that the plan was calibrated on."""
-    floating = [w for w in weights if w.is_floating_point() and w.device != torch.device("meta")]
-    stranger = find_stranger(floating, plan.fingerprint)
+def remember_compiled(inputs: Iterable[object], code: CodeType | None) -> None:
+    """Note that ``code`` holds compiled graphs made with what is attached to these parameters."""
+    if code is None:
+        return
+    for x in inputs:
+        if isinstance(x, nn.Parameter):
+            _compiled.setdefault(x, set()).add(code)
+
+
+def _forget_compiled_code(parameters: Iterable[nn.Parameter]) -> None:
+    """Drop Dynamo's code for these parameters: nothing that it guards on tells it of a new plan.
+
+    Guarding on the attachments instead would leave a dead entry (and the old plan's tensors)
+    behind at every change, and after ``recompile_limit`` of them Dynamo would silently run eager.
+    """
+    from torch._C._dynamo.eval_frame import reset_code
+
+    stale: set[CodeType] = set()
+    for parameter in parameters:
+        stale |= _compiled.pop(parameter, set())
+    for code in stale:
+        reset_code(code)
+
+
+def check_weights(
+    weights: Mapping[str, Tensor], plan: Plan, what: str, known: Iterable[Sketch] | None = None
+) -> None:
+    """Raise unless every weight is one that the plan was calibrated on.
+
+    Args:
+        weights: Name (for people) → weight. Integer weights and those on ``meta`` are skipped.
+        plan: The plan.
+        what: The model, or the site of it, that the weights belong to.
+        known: The sketches to compare with, if not all of the plan's.
+
+    Raises:
+        PlanMismatchError: naming the first weight that the plan does not know.
+    """
+    floating = {
+        name: weight
+        for name, weight in weights.items()
+        if weight.is_floating_point() and weight.device != torch.device("meta")
+    }
+    stranger = find_stranger(floating, plan.fingerprint if known is None else known)
     if stranger is not None:
         raise PlanMismatchError(
-            f"the plan for {plan.model or 'another model'} does not fit {what}: its weight of shape "
-            f"{tuple(stranger.shape)} is not one the plan was calibrated on; calibrate this model"
+            f"the plan for {plan.model or 'another model'} does not fit {what}: its weight "
+            f"{stranger} of shape {tuple(floating[stranger].shape)} is not one that the plan was "
+            "calibrated on; calibrate this model"
         )

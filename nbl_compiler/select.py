@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from nbl_compiler.config import Attention, Config
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.observe import Observation, SiteMoments
+from nbl_compiler.passes.base import Rejected
 from nbl_compiler.plan import Site
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
@@ -20,30 +21,42 @@ from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site with its fitted map, not yet decided on."""
+    """A site with its fitted map, not yet decided on.
+
+    ``loss_rank`` is its place in the order that least disturbs the model's predictions, if that
+    was measured (``rank_by="loss"``).
+    """
 
     name: str
     fit: LinearFit
     cca_bound: float
     details: dict[str, Any]
+    loss_rank: int | None = None
 
 
-def decide(observation: Observation, config: Config, *, progress: bool) -> tuple[Site, ...]:
+def fit_sites(observation: Observation, config: Config, *, progress: bool) -> tuple[Candidate, ...]:
+    """Fit the map of every matched site, in model order."""
+    return tuple(
+        _fit(name, site, config)
+        for name, site in tqdm(observation.sites.items(), "solving", disable=not progress)
+    )
+
+
+def decide(
+    candidates: Sequence[Candidate], rejected: Mapping[str, Rejected], attention: Attention
+) -> tuple[Site, ...]:
     """Return every site, decided, in model order (rejected ones last).
 
     Raises:
         ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
     """
-    assert config.attention is not None
-    candidates = [
-        _fit(name, site, config)
-        for name, site in tqdm(observation.sites.items(), "solving", disable=not progress)
-    ]
-    chosen = choose(candidates, config.attention)
+    chosen = choose(candidates, attention)
     sites = [_site(c, *chosen[c.name]) for c in candidates]
-    for name, rejected in observation.rejected.items():
-        if name not in observation.sites:
-            sites.append(Site(name, "attention", "rejected", rejected.reason))
+    sites += [
+        Site(name, "attention", "rejected", why.reason)
+        for name, why in rejected.items()
+        if name not in chosen
+    ]
     return tuple(sites)
 
 
@@ -53,50 +66,73 @@ def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
 
 
 def choose(candidates: Sequence[Candidate], options: Attention) -> dict[str, tuple[bool, str]]:
-    """Return site name → (replace it?, reason)."""
+    """Return site name → (replace it?, reason).
+
+    Raises:
+        ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
+    """
+    names = [c.name for c in candidates]
+    check_selection(names, options)
+    limit = math.inf if options.max_nmse is None else options.max_nmse
+    beyond = {c.name for c in candidates if c.fit.holdout_nmse > limit}
+    if options.layers is not None:
+        named = {layer if isinstance(layer, str) else names[layer] for layer in options.layers}
+        taken = named - beyond
+        reasons = {n: "named in `layers`" if n in named else "not in `layers`" for n in names}
+    else:
+        order = _ranking(candidates, options)
+        taken = set(
+            [name for name in order if name not in beyond][: wanted_count(len(names), options)]
+        )
+        reasons = {
+            name: f"rank {rank} of {len(order)} by {options.rank_by}"
+            for rank, name in enumerate(order, start=1)
+        }
+    for c in candidates:
+        if c.name in beyond:
+            reasons[c.name] = f"held-out NMSE {c.fit.holdout_nmse:.3f} exceeds max_nmse={limit:g}"
+    return {name: (name in taken, reasons[name]) for name in names}
+
+
+def check_selection(names: Sequence[str], options: Attention) -> None:
+    """Raise unless every site that the options ask for is among the matched ones.
+
+    Args:
+        names: Matched sites in model order.
+        options: What was asked for.
+
+    Raises:
+        ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
+    """
+    for layer in options.layers or ():
+        if isinstance(layer, str) and layer not in names:
+            known = ", ".join(names)
+            raise ConfigError(f"layers names {layer!r}, which is no matched site; sites: {known}")
+        if isinstance(layer, int) and not -len(names) <= layer < len(names):
+            raise ConfigError(f"layers holds {layer}, but the model has {len(names)} sites")
+    if options.count is not None and options.count > len(names):
+        raise ConfigError(
+            f"count={options.count} exceeds the {len(names)} attention sites that match"
+        )
+
+
+def _ranking(candidates: Sequence[Candidate], options: Attention) -> list[str]:
+    """Return the site names, best first."""
+    if options.rank_by == "loss":
+        if any(c.loss_rank is None for c in candidates):
+            raise ConfigError('rank_by="loss" was not measured; calibrate with it')
+        return [c.name for c in sorted(candidates, key=lambda c: c.loss_rank or 0)]
     score = {
         c.name: c.fit.holdout_nmse if options.rank_by == "nmse" else c.cca_bound for c in candidates
     }
-    order = sorted(score, key=lambda name: (math.isnan(score[name]), score[name]))
-    rank = {name: i for i, name in enumerate(order)}
-    if options.layers is not None:
-        wanted = _named(candidates, options.layers)
-        return {
-            c.name: (c.name in wanted, "named in `layers`" if c.name in wanted else "not in `layers`")
-            for c in candidates
-        }
-    limit = options.max_nmse if options.max_nmse is not None else math.inf
-    count = options.count
-    if count is None:
-        count = len(candidates) if options.max_nmse is not None else math.ceil(len(candidates) / 4)
-    if count > len(candidates):
-        raise ConfigError(f"count={count} exceeds the {len(candidates)} attention sites that match")
-    eligible = [
-        name for name in order if next(c for c in candidates if c.name == name).fit.holdout_nmse <= limit
-    ]
-    taken = set(eligible[:count])
-    result = {}
-    for c in candidates:
-        place = f"rank {rank[c.name] + 1} of {len(candidates)} by {options.rank_by}"
-        if c.name not in eligible:
-            place = f"held-out NMSE {c.fit.holdout_nmse:.3f} exceeds max_nmse={limit:g}"
-        result[c.name] = (c.name in taken, place)
-    return result
+    return sorted(score, key=lambda name: (math.isnan(score[name]), score[name]))
 
 
-def _named(candidates: Sequence[Candidate], layers: Sequence[int | str]) -> set[str]:
-    names = [c.name for c in candidates]
-    chosen = set()
-    for layer in layers:
-        if isinstance(layer, str):
-            if layer not in names:
-                raise ConfigError(f"layers names {layer!r}, which is no matched site; sites: {names}")
-            chosen.add(layer)
-        else:
-            if not -len(names) <= layer < len(names):
-                raise ConfigError(f"layers holds {layer}, but the model has {len(names)} sites")
-            chosen.add(names[layer])
-    return chosen
+def wanted_count(sites: int, options: Attention) -> int:
+    """Return how many of the eligible sites the options ask for."""
+    if options.count is not None:
+        return options.count
+    return sites if options.max_nmse is not None else math.ceil(sites / 4)
 
 
 def _site(candidate: Candidate, replace: bool, reason: str) -> Site:

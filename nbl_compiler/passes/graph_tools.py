@@ -188,6 +188,11 @@ class Topology:
             if is_write(node):
                 self.writers.setdefault(self.storage(node.args[0]), []).append(node)  # type: ignore[arg-type]
 
+    def settled(self, node: Node) -> int:
+        """Return the position from which on the node's memory is no longer written."""
+        writers = self.writers.get(self.storage(node), ())
+        return max(self.position[n] for n in (node, *writers))
+
     def storage(self, node: Node) -> Node:
         """Return the node that owns the memory a view or an in-place result looks into."""
         while True:

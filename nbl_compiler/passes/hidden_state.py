@@ -70,7 +70,7 @@ def find_hidden(operands: Mapping[str, Node], topology: Topology) -> HiddenState
     for _ in range(_MAX_EXPANSIONS):
         if len(inputs) == 1:
             break
-        latest = max(inputs, key=topology.position.__getitem__)
+        latest = max(inputs, key=topology.settled)
         deeper = _roots(latest, topology, through_residual=False)
         if not deeper.inputs or deeper.crossed_residual:
             break

@@ -85,9 +85,11 @@ class _Region:
 
 
 def _name(anchor: Anchor, result: _Region | Refusal) -> str:
-    if isinstance(result, Refusal):
-        return common_module([anchor.node])
-    return common_module([anchor.node, *result.hidden.projections, result.output])
+    """Return the path of the module that holds the site (for a refusal, as much as is known)."""
+    if not isinstance(result, Refusal):
+        return common_module([anchor.node, *result.hidden.projections, result.output])
+    tail = _output_projection(anchor)
+    return common_module([anchor.node] if isinstance(tail, Refusal) else [anchor.node, tail[0]])
 
 
 def _build(name: str, anchor: Anchor, region: _Region, topology: Topology) -> AttentionMatch:

@@ -7,10 +7,9 @@ with T = Y + residual, the updated stream, as in the paper's released code.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from nbl_compiler.solvers.least_squares import EIGENVALUE_FLOOR
+from nbl_compiler.solvers.least_squares import whiten
 from nbl_compiler.solvers.moments import Moments
 
 
@@ -24,16 +23,16 @@ def cca_bound(moments: Moments) -> float:
         A number in [0, d_out]: 0 where the updated stream is a linear function of the input.
     """
     own = moments.centred()
-    left, right = _inverse_root(own.tt), _inverse_root(own.xx)
-    squared_correlations = (left.T @ own.tx @ right).square().sum()  # Σ ρ_i² = ‖·‖_F²
+    n = max(own.count, 1)
+    left, right = (
+        _inverse_root(products, mean, own.count)
+        for products, mean in ((own.tt, own.shift_t), (own.xx, own.shift_x))
+    )
+    squared_correlations = (left.T @ (own.tx / n) @ right).square().sum()  # Σ ρ_i² = ‖·‖_F²
     return max(left.shape[1] - float(squared_correlations), 0.0)
 
 
-def _inverse_root(covariance: Tensor) -> Tensor:
+def _inverse_root(products: Tensor, mean: Tensor, count: int) -> Tensor:
     """Return S with S Sᵀ = pseudo-inverse of the covariance, of full column rank."""
-    scale = covariance.diagonal().clamp_min(0).sqrt()
-    inverse_scale = torch.where(scale > 0, 1 / scale.clamp_min(1e-300), torch.zeros_like(scale))
-    correlation = covariance * inverse_scale[:, None] * inverse_scale
-    values, vectors = torch.linalg.eigh((correlation + correlation.T) / 2)
-    seen = values > EIGENVALUE_FLOOR * values[-1].clamp_min(1e-300)
-    return inverse_scale[:, None] * vectors[:, seen] * values[seen].rsqrt()
+    white = whiten(products, mean, count)
+    return white.transform * white.eigenvalues.rsqrt()

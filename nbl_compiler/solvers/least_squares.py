@@ -3,8 +3,8 @@
     W = C_YX (C_XX + ρ diag C_XX)⁻¹,   b = E[Y] − W E[X]
 
 Solved in float64 in the eigenbasis of the correlation matrix of x, in which every ridge ρ costs
-one d × d product; so ρ can be chosen on held-out rows. Eigenvalues below a floor (directions the
-data never showed) are left out, which makes fewer rows than dimensions harmless.
+one d × d product; so ρ can be chosen on held-out rows. Directions that the data never showed are
+left out, which makes fewer rows than dimensions harmless.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from torch import Tensor
 
 from nbl_compiler.solvers.moments import Moments
 
-# Relative to the largest eigenvalue of the correlation matrix. Products are taken in float32
-# (2⁻²⁴ relative per block, averaged over blocks); what is smaller is rounding, not data.
+# Of the largest eigenvalue of the correlation matrix: below, float64 itself no longer resolves
+# what the float32 products hold.
 EIGENVALUE_FLOOR = 1e-8
+# Rounding of one float32 product; a d × d matrix of it has eigenvalues of up to √d times that.
+PRODUCT_ROUNDING = 2.0**-24
+# A component whose standard deviation is below this fraction of its mean is constant: float32
+# activations cannot show more (their own rounding is 6e-8 of the mean).
+CONSTANT_SPREAD = 1e-6
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 3)))
 # Fewer held-out rows than this cannot choose a ridge or rank a site; then generalised
 # cross-validation on the training rows does.
@@ -57,6 +62,40 @@ class _Basis:
     coefficients: Tensor  # [d_out, r]: C_YX in this basis
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """Directions that rows show, each with unit scale per component.
+
+    Args:
+        transform: [d, r]; x ↦ (x − mean) @ transform has covariance diag(eigenvalues).
+        eigenvalues: [r], of the correlation matrix, ascending, all above the floor.
+    """
+
+    transform: Tensor
+    eigenvalues: Tensor
+
+
+def whiten(products: Tensor, mean: Tensor, count: int) -> Whitening:
+    """Return the directions in which centred rows really vary.
+
+    Constant components and directions below the rounding of the products are left out; so with
+    fewer rows than dimensions ``count − 1`` remain.
+
+    Args:
+        products: Sum of outer products of the centred rows, [d, d], float64.
+        mean: Mean of the rows before centring, [d].
+        count: Number of rows.
+    """
+    variance = (products.diagonal() / max(count, 1)).clamp_min(0)
+    varies = variance > (CONSTANT_SPREAD * mean).square()
+    inverse_scale = torch.where(varies, variance.clamp_min(1e-300).rsqrt(), 0.0)
+    correlation = products / max(count, 1) * inverse_scale[:, None] * inverse_scale
+    values, vectors = torch.linalg.eigh((correlation + correlation.T) / 2)
+    noise = PRODUCT_ROUNDING * values.numel() ** 0.5
+    seen = values > max(noise, EIGENVALUE_FLOOR * float(values[-1]))
+    return Whitening(inverse_scale[:, None] * vectors[:, seen], values[seen])
+
+
 def fit_linear(
     train: Moments, holdout: Moments | None = None, ridge: float | Literal["auto"] = "auto"
 ) -> LinearFit:
@@ -70,7 +109,7 @@ def fit_linear(
     own = train.centred()
     basis = _basis(own)
     usable = holdout if holdout is not None and holdout.count >= MIN_HOLDOUT_ROWS else None
-    error = _HoldoutError(basis, own, usable) if usable is not None else _CrossValidation(basis, own)
+    error = _CrossValidation(basis, own) if usable is None else _HoldoutError(basis, own, usable)
     chosen = min(RIDGES, key=error) if ridge == "auto" else float(ridge)
     shrunk = basis.coefficients * _inverse(basis.eigenvalues, chosen)
     weight = shrunk @ basis.transform.T
@@ -79,7 +118,7 @@ def fit_linear(
     return LinearFit(
         weight=weight,
         bias=own.shift_y - weight @ own.shift_x,
-        nmse=_ratio(max(total - explained, 0.0), total),
+        nmse=_ratio(total - explained, total, own.shift_y),
         holdout_nmse=error(chosen),
         ridge=chosen,
         rank=basis.eigenvalues.numel(),
@@ -92,14 +131,9 @@ def _inverse(eigenvalues: Tensor, ridge: float) -> Tensor:
 
 
 def _basis(centred: Moments) -> _Basis:
-    n = max(centred.count, 1)
-    scale = (centred.xx.diagonal() / n).clamp_min(0).sqrt()
-    inverse_scale = torch.where(scale > 0, 1 / scale.clamp_min(1e-300), torch.zeros_like(scale))
-    correlation = centred.xx / n * inverse_scale[:, None] * inverse_scale
-    values, vectors = torch.linalg.eigh((correlation + correlation.T) / 2)
-    seen = values > EIGENVALUE_FLOOR * values[-1].clamp_min(1e-300)
-    transform = inverse_scale[:, None] * vectors[:, seen]
-    return _Basis(transform, values[seen], centred.yx / n @ transform)
+    white = whiten(centred.xx, centred.shift_x, centred.count)
+    coefficients = centred.yx / max(centred.count, 1) @ white.transform
+    return _Basis(white.transform, white.eigenvalues, coefficients)
 
 
 class _HoldoutError:
@@ -114,11 +148,12 @@ class _HoldoutError:
         self._cross = (a * (about.yx / n @ basis.transform)).sum(0)
         self._energy = float(about.yy.sum()) / n
         self._total = float(holdout.centred().yy.sum()) / n
+        self._mean = holdout.mean_y
 
     def __call__(self, ridge: float) -> float:
         s = _inverse(self._eigenvalues, ridge)
         error = self._energy - 2 * float(self._cross @ s) + float(s @ self._square @ s)
-        return _ratio(max(error, 0.0), self._total)
+        return _ratio(error, self._total, self._mean)
 
 
 class _CrossValidation:
@@ -127,6 +162,7 @@ class _CrossValidation:
     def __init__(self, basis: _Basis, train: Moments) -> None:
         self._basis, self._count = basis, max(train.count, 1)
         self._total = float(train.yy.sum()) / self._count
+        self._mean = train.shift_y
 
     def __call__(self, ridge: float) -> float:
         values, a = self._basis.eigenvalues, self._basis.coefficients
@@ -136,10 +172,12 @@ class _CrossValidation:
         left = 1 - freedom / self._count
         if left <= 0:
             return float("inf")
-        return _ratio(max(error, 0.0) / left**2, self._total)
+        return _ratio(error / left**2, self._total, self._mean)
 
 
-def _ratio(error: float, total: float) -> float:
-    if total > 0:
-        return error / total
-    return 0.0 if error == 0 else float("inf")
+def _ratio(error: float, total: float, mean: Tensor) -> float:
+    """Return error / total, where an output that does not vary beyond rounding has total 0."""
+    rounding = float((CONSTANT_SPREAD * mean).square().sum())
+    if total > rounding:
+        return max(error, 0.0) / total
+    return 0.0 if error <= rounding else float("inf")

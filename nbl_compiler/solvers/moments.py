@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nbl_compiler.errors import CalibrationError
+from nbl_compiler.solvers.precision import full_precision
 
 
 @dataclass
@@ -73,29 +74,44 @@ class Moments:
         Raises:
             CalibrationError: if a row holds NaN or infinity.
         """
+        x, y, t = (rows.to(torch.float32, copy=True) for rows in (x, y, stream))
+        self._absorb(x, y, t.add_(y)[:, : self.shift_t.numel()])
+
+    def _absorb(self, x: Tensor, y: Tensor, t: Tensor) -> None:
+        """Add float32 rows of x, y and t, and overwrite them."""
         if x.shape[0] == 0:
             return
-        x, y = x.float(), y.float()
-        t = (y + stream.float())[:, : self.shift_t.numel()]
         if self.count == 0:
-            self.shift_x, self.shift_y = x.mean(0).double(), y.mean(0).double()
-            self.shift_t = t.mean(0).double()
-        x, y, t = x - self.shift_x.float(), y - self.shift_y.float(), t - self.shift_t.float()
-        # The float32 shift is what was really subtracted; keep that one.
-        self.shift_x, self.shift_y = self.shift_x.float().double(), self.shift_y.float().double()
-        self.shift_t = self.shift_t.float().double()
-        sums = (x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64))
-        if not all(bool(torch.isfinite(s).all()) for s in sums):
+            self.shift_x, self.shift_y, self.shift_t = (r.mean(0).double() for r in (x, y, t))
+        shifts = [s.float() for s in (self.shift_x, self.shift_y, self.shift_t)]
+        if self.count:
+            self._rebase(*(s.double() for s in shifts))  # what is subtracted below, to the bit
+        for rows, shift in zip((x, y, t), shifts, strict=True):
+            rows.sub_(shift)
+        sums = [rows.sum(0, dtype=torch.float64) for rows in (x, y, t)]
+        with full_precision(x.device):
+            products = (x.T @ x, y.T @ x, t.T @ x, t.T @ t)
+        # Squares overflow first, so the diagonal vouches for everything else.
+        probe = torch.cat([*sums, products[0].diagonal(), products[3].diagonal()])
+        if not bool(torch.isfinite(probe).all()):
             raise CalibrationError("activations hold NaN or infinity")
         self.count += x.shape[0]
         self.sum_x += sums[0]
         self.sum_y += sums[1]
-        self.sum_t += t.sum(0, dtype=torch.float64)
-        self.xx += x.T @ x
-        self.yx += y.T @ x
-        self.tx += t.T @ x
-        self.tt += t.T @ t
-        self.yy += y.square().sum(0, dtype=torch.float64)
+        self.sum_t += sums[2]
+        for total, product in zip((self.xx, self.yx, self.tx, self.tt), products, strict=True):
+            total += product
+        self.yy += y.square_().sum(0, dtype=torch.float64)
+
+    def _rebase(self, shift_x: Tensor, shift_y: Tensor, shift_t: Tensor) -> None:
+        """Take the sums about other points, in place; free where nothing changes."""
+        new = (shift_x, shift_y, shift_t)
+        old = (self.shift_x, self.shift_y, self.shift_t)
+        if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)):
+            return
+        moved = self.about(*new)
+        for part in fields(self):
+            setattr(self, part.name, getattr(moved, part.name))
 
     def about(self, shift_x: Tensor, shift_y: Tensor, shift_t: Tensor) -> Moments:
         """Return the same moments taken about other points."""
@@ -149,37 +165,57 @@ def merge(first: Moments, second: Moments) -> Moments:
         for f in fields(Moments)
         if not f.name.startswith("shift")
     }
-    return Moments(
-        shift_x=first.shift_x, shift_y=first.shift_y, shift_t=first.shift_t, **summed
-    )
+    return Moments(shift_x=first.shift_x, shift_y=first.shift_y, shift_t=first.shift_t, **summed)
+
+
+# Rows a block: enough to make the float64 update of a d × d matrix cheap beside the product.
+BLOCK_ROWS = 1024
+BLOCK_ROWS_WITHOUT_STREAM = 256
 
 
 class BufferedMoments:
-    """Collects rows until a block is worth a matrix product, then adds it to ``Moments``.
+    """Collects rows into blocks of a fixed size and adds whole blocks to ``Moments``.
 
-    Small batches would otherwise pay a float64 update of the whole d × d matrix each.
+    Small batches would otherwise pay a float64 update of the whole d × d matrix each. Rows are
+    copied, so the model may overwrite its activations, and blocks end at the same rows however
+    the stream was cut, so the sums are the same to the bit.
     """
 
     def __init__(
         self, inputs: int, outputs: int, device: torch.device, *, stream: bool = True
     ) -> None:
         self.moments = Moments.zeros(inputs, outputs, device, stream=stream)
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._pending = 0
-        self._block = max(1024, inputs)
+        size = BLOCK_ROWS if stream else BLOCK_ROWS_WITHOUT_STREAM
+        widths = (inputs, outputs, self.moments.shift_t.numel())
+        self._block = [
+            torch.empty(size, width, dtype=torch.float32, device=device) for width in widths
+        ]
+        self._filled, self._size = 0, size
 
     def add(self, x: Tensor, y: Tensor, stream: Tensor) -> None:
         """Add rows (see ``Moments.add``)."""
-        self._rows.append((x, y, stream))
-        self._pending += x.shape[0]
-        if self._pending >= self._block:
-            self.flush()
+        block_x, block_y, block_t = self._block
+        start = 0
+        while start < x.shape[0]:
+            take = min(self._size - self._filled, x.shape[0] - start)
+            into = slice(self._filled, self._filled + take)
+            rows = slice(start, start + take)
+            block_x[into].copy_(x[rows])
+            block_y[into].copy_(y[rows])
+            if block_t.shape[1]:
+                block_t[into].copy_(stream[rows]).add_(block_y[into])
+            self._filled += take
+            start += take
+            if self._filled == self._size:
+                self.flush()
 
     def flush(self) -> Moments:
         """Add what is pending and return the moments."""
-        if self._rows:
-            x, y, stream = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-            self._rows.clear()
-            self._pending = 0
-            self.moments.add(x, y, stream)
+        pending, self._filled = self._filled, 0
+        self.moments._absorb(*(rows[:pending] for rows in self._block))
         return self.moments
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.moments.nbytes + sum(rows.nbytes for rows in self._block)

@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment in the checkout, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-calibration clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make the virtual environment and install the package with its extras
+
+# torch first and on its own: pinned, so that nothing pulls another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,bench,dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma-3-270M)
+	$(BIN)/nbl demo
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP)  ## Check types
+	$(BIN)/mypy
+
+bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt
+	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
+
+bench-speed: $(STAMP)  ## Prefill and decode against dense Inductor, random weights in the shape of Qwen2.5-0.5B
+	$(BIN)/python benchmarks/attention_speed.py
+
+bench-calibration: $(STAMP)  ## Calibration throughput and memory
+	$(BIN)/python benchmarks/calibration_cost.py
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,70 @@
+"""Perplexity after linearizing m attention layers: NBL here, and dropping the same layers.
+
+    python benchmarks/attention_quality.py --text calibration.jsonl --eval-text held_out.txt
+
+One calibration serves every m. Perplexity is taken at 512 tokens, float32, on text that
+calibration never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from nbl_compiler.calibration import observe_model
+from nbl_compiler.config import Attention, Config
+from nbl_compiler.models import load_causal
+from nbl_compiler.plan import Plan
+from nbl_compiler.quality import dropping, perplexity_of
+from nbl_compiler.text import TextSource, token_batches
+
+
+def main() -> None:
+    """Print one table: m, perplexity, ratio to dense, and the same for dropping."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--text", default="python-docs")
+    parser.add_argument("--eval-text", default="python-docs")
+    parser.add_argument("--tokens", type=int, default=81_920)
+    parser.add_argument("--eval-tokens", type=int, default=32_768)
+    parser.add_argument("--counts", default="2,4,8")
+    parser.add_argument("--input", default="normed", choices=("normed", "residual"))
+    parser.add_argument("--rank-by", default="nmse")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    model, tokenizer = load_causal(args.model)
+    batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
+    attention = Attention(count=0, input=args.input, rank_by=args.rank_by)
+    calibrated = observe_model(model, batches, Config(attention=attention))
+    documents = list(TextSource(args.eval_text).documents())
+
+    def measure(plan: Plan) -> float:
+        return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
+
+    dense = measure(Plan())
+    rows = []
+    for count in (int(item) for item in args.counts.split(",")):
+        plan = calibrated.plan(replace(attention, count=count))
+        ours, dropped = measure(plan), measure(dropping(plan))
+        rows.append({"m": count, "nbl": ours, "dropped": dropped, "dense": dense,
+                     "layers": [s.name for s in plan.rewritten]})  # fmt: skip
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"{args.model}: perplexity, dense {dense:.2f}", title_justify="left")
+    for name in ("m", "nbl", "nbl / dense", "dropped", "dropped / dense"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["m"]), f"{row['nbl']:.1f}", f"{row['nbl'] / dense:.3f}×",
+            f"{row['dropped']:.1f}", f"{row['dropped'] / dense:.2f}×",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

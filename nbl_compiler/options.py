@@ -1,0 +1,83 @@
+"""What ``torch.compile(model, backend="nbl", options={...})`` accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any
+
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.graph_report import GraphReport
+from nbl_compiler.lowering.lower import LOWERINGS, mode_options
+from nbl_compiler.plan import Plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options.
+
+    Args:
+        plan: A plan, or the path of one; without it, the plan attached to the model.
+        lowering: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        dump_dir: Folder for graph dumps.
+        strict: Raise if a graph holds sites and one that the plan rewrites is not rewritten.
+        mode: ``torch.compile``'s ``mode``, which torch does not take beside ``options``.
+        inductor: Patches of ``torch._inductor.config``; they come after those of ``mode``.
+        report: Called with a ``GraphReport`` for every graph that a plan was applied to.
+    """
+
+    plan: Plan | str | PathLike[str] | None = None
+    lowering: str = "inductor"
+    dump_dir: str | PathLike[str] | None = None
+    strict: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[GraphReport], None] | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Check and type what torch.compile handed over.
+
+        Raises:
+            ConfigError: for an unknown option or value.
+        """
+        given = dict(options or {})
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; backend nbl knows {', '.join(known)}")
+        if mode is not None:
+            given.setdefault("mode", mode)
+        parsed = cls(**given)
+        _check_type("plan", parsed.plan, (Plan, str, PathLike, type(None)), "a Plan or its path")
+        _check_type("dump_dir", parsed.dump_dir, (str, PathLike, type(None)), "a folder")
+        _check_type("strict", parsed.strict, (bool,), "True or False")
+        _check_type("inductor", parsed.inductor, (Mapping,), "a mapping of Inductor's options")
+        if parsed.lowering not in LOWERINGS:
+            raise ConfigError(f"lowering={parsed.lowering!r} must be one of {', '.join(LOWERINGS)}")
+        return parsed
+
+    def inductor_patches(self) -> dict[str, Any]:
+        """Return the patches of Inductor's configuration, of ``mode`` and ``inductor`` together.
+
+        Raises:
+            ConfigError: for a mode or an option that this version of Inductor does not have.
+        """
+        if self.lowering != "inductor":
+            return {}
+        from torch._inductor import list_options
+
+        try:
+            patches = {**mode_options(self.mode), **self.inductor}
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
+        unknown = sorted(set(self.inductor) - set(list_options()))
+        if unknown:
+            raise ConfigError(f"Inductor has no option {unknown[0]!r}; see torch._inductor.config")
+        return patches
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, types):
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
