@@ -56,7 +56,7 @@ def check(model: nn.Module, plan: Plan, pair: tuple[speed.Contender, speed.Conte
     for site in plan.rewritten:
         weight, bias = site.tensors["weight"], site.tensors["bias"]
 
-        def linear(module, args, kwargs, output, weight=weight, bias=bias):  # noqa: ANN001, ANN202
+        def linear(module, args, kwargs, output, weight=weight, bias=bias):
             return nn.functional.linear(kwargs["hidden_states"], weight, bias), None
 
         module = model.get_submodule(site.name)

@@ -15,8 +15,8 @@ from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
 from nbl_compiler.errors import InferenceOnlyError, StrictError
-from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.graph_report import GraphReport
+from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.lowering.lower import Compiled, lower
 from nbl_compiler.options import Options
 from nbl_compiler.passes.graph_tools import is_weight

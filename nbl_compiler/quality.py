@@ -39,7 +39,7 @@ def compare(
     plans = {"dense": Plan(), "nbl": plan, **({"dropped": dropping(plan)} if drop else {})}
     result: dict[str, float] = {}
     for name, used in plans.items():
-        forward = torch.compile(model, backend="nbl", options={"plan": used, "lowering": lowering})
+        forward = torch.compile(model, backend="nbl", options=_options(used, lowering))
         result[name] = perplexity(forward, rows, progress=progress).perplexity
     ratios = {f"{name} / dense": value / result["dense"] for name, value in result.items()}
     return {**result, **{k: v for k, v in ratios.items() if k != "dense / dense"}}
@@ -50,5 +50,9 @@ def perplexity_of(
 ) -> float:
     """Return the perplexity under one plan, without lowering (quality does not depend on it)."""
     rows = evaluation_rows(documents, tokenizer, tokens=tokens)
-    forward = torch.compile(model, backend="nbl", options={"plan": plan, "lowering": "eager"})
+    forward = torch.compile(model, backend="nbl", options=_options(plan, "eager"))
     return perplexity(forward, rows).perplexity
+
+
+def _options(plan: Plan, lowering: str) -> dict[str, Any]:
+    return {"plan": plan, "lowering": lowering}
