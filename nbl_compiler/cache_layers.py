@@ -6,6 +6,8 @@ the first layer of each type, linearized or not), and ``nbl::absent_kv`` in plac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
@@ -26,7 +28,6 @@ class LengthOnlyStaticLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Move the counter to the device; allocate nothing."""
         _initialize_empty(self, key_states)
-        self.cumulative_length = self.cumulative_length.to(self.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -45,7 +46,6 @@ class LengthOnlyStaticSlidingLayer(StaticSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Move the counter to the device; allocate nothing."""
         _initialize_empty(self, key_states)
-        self.cumulative_length = self.cumulative_length.to(self.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -82,7 +82,7 @@ class LengthOnlyDynamicLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Return the number of positions seen."""
-        return self.keys.shape[-2] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[-2]
 
 
 class LengthOnlyDynamicSlidingLayer(DynamicSlidingWindowLayer):
@@ -105,6 +105,16 @@ class LengthOnlyDynamicSlidingLayer(DynamicSlidingWindowLayer):
         self.cumulative_length += key_states.shape[-2]
         return absent_kv(key_states, length), absent_kv(value_states, length)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions; there are no states to lose.
+
+        Raises:
+            ValueError: for a positive number, as the layers of transformers do.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens as a negative")
+        self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
+
 
 def _empty(states: Tensor, length: int) -> Tensor:
     # Not states.new_empty: the matcher would see a use of the keys outside attention.
@@ -116,10 +126,13 @@ def _initialize_empty(layer: StaticLayer, states: Tensor) -> None:
     layer.dtype, layer.device = states.dtype, states.device
     layer.batch_size, layer.num_heads = states.shape[:2]
     layer.keys = layer.values = _empty(states, 0)
+    layer.cumulative_length = layer.cumulative_length.to(layer.device)
+    if not torch.compiler.is_compiling():  # as StaticLayer does, for CUDA graphs
+        torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.is_initialized = True
 
 
-def length_only(layer: CacheLayerMixin) -> CacheLayerMixin:
+def length_only(layer: Any) -> CacheLayerMixin:
     """Return the storage-free counterpart of a fresh cache layer.
 
     Raises:

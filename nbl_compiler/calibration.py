@@ -157,7 +157,7 @@ def _attention(config: Config) -> Attention:
 
 def _check_request(model: nn.Module, config: Config) -> None:
     _attention(config)
-    if any(module.training for module in model.modules()):
+    if any(module.training for module in (model, *_dropouts(model))):
         raise InferenceOnlyError("the model is in training mode; call model.eval() first")
     for name, weight in model.named_parameters():
         computes = weight.is_floating_point() or weight.is_complex()
@@ -166,6 +166,11 @@ def _check_request(model: nn.Module, config: Config) -> None:
                 f"{name} is stored in {weight.dtype}; load the model in float32, bfloat16 or "
                 "float16 to calibrate it"
             )
+
+
+def _dropouts(model: nn.Module) -> list[nn.Module]:
+    kind = nn.modules.dropout._DropoutNd
+    return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
 
 
 def _observe(

@@ -90,7 +90,7 @@ def cache_bytes(cache: Cache) -> int:
     """Return the bytes of memory that a cache's keys and values really occupy."""
     storages = {}
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

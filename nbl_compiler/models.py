@@ -98,7 +98,9 @@ def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple
         ConfigError: if there is no such model, or the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # stderr belongs to errors and to this program's own bars
     path = resolve(name)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):

@@ -29,7 +29,8 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
         spread = f"{max(row.dense.spread, row.nbl.spread):.0%}"
         table.add_row(
             row.what, f"{row.context:,}", f"{row.dense.median * 1e3:.1f}",
-            f"{row.nbl.median * 1e3:.1f}", spread, f"{row.speedup:.2f}×", f"{row.predicted:.2f}×", kv,
+            f"{row.nbl.median * 1e3:.1f}", spread, f"{row.speedup:.2f}×",
+            f"{row.predicted:.2f}×", kv,
         )  # fmt: skip
     return table
 

@@ -1,0 +1,122 @@
+"""The command line, end to end on a tiny saved model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.saved_model import save_tiny_llama
+
+from nbl_compiler import Plan, cli
+from nbl_compiler.text import PYTHON_DOCS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Run ``nbl …``; return (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["nbl", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+        raise SystemExit(0)
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def make_plan(monkeypatch, capsys, folder: Path, path: Path, *more: object) -> dict:
+    words = ("calibrate", folder, path, "--tokens", 1024, "--length", 64, "--quiet", "--json")
+    status, out, err = call(monkeypatch, capsys, *words, *more)
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_calibrate_writes_the_plan_it_reports(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    report = make_plan(monkeypatch, capsys, folder, path, "--count", 2)
+    plan = Plan.load(path)
+    assert report["digest"] == plan.digest
+    assert len(plan.rewritten) == 2
+    assert len(plan.sites) == 4
+
+
+def test_calibrate_takes_layers_and_a_text_file(monkeypatch, capsys, folder, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("attention is a mixing of tokens. " * 200)
+    path = tmp_path / "plan.safetensors"
+    make_plan(monkeypatch, capsys, folder, path, "--layers", "0,-1", "--text", text)
+    names = [site.name for site in Plan.load(path).rewritten]
+    assert names == ["model.layers.0.self_attn", "model.layers.3.self_attn"]
+
+
+def test_eval_reports_dense_nbl_and_dropped(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 1)
+    words = ("eval", folder, path, "--tokens", 512, "--length", 64, "--drop", "--quiet", "--json")
+    status, out, _ = call(monkeypatch, capsys, *words, "--lowering", "eager")
+    values = json.loads(out)
+    assert status == 0
+    assert set(values) == {"dense", "nbl", "dropped", "nbl / dense", "dropped / dense"}
+    assert values["nbl / dense"] == pytest.approx(values["nbl"] / values["dense"])
+    assert values["nbl"] != values["dense"]
+
+
+def test_generate_with_and_without_a_plan(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 4)
+    words = ("generate", folder, "once", "--new-tokens", 6, "--lowering", "eager", "--json")
+    for more in ((), ("--plan", path)):
+        status, out, err = call(monkeypatch, capsys, *words, *more)
+        assert status == 0, err
+        made = json.loads(out)
+        assert made["text"].startswith("once")
+        assert 1 <= made["new_tokens"] <= 6
+
+
+def test_explain_says_why(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 1)
+    status, out, _ = call(monkeypatch, capsys, "explain", folder, "--plan", path, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert len(report["matched"]) == 4
+    assert len(report["rewritten"]) == 1
+    assert all("rank" in reason for reason in report["reasons"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("calibrate", "{folder}", "{tmp}/none/plan.safetensors"), "does not exist"),
+        (("calibrate", "{tmp}/no-model", "{tmp}/p.safetensors"), "cannot load"),
+        (("calibrate", "{folder}", "{tmp}/p", "--text", "{tmp}/no.txt"), "no text file"),
+        (("calibrate", "{folder}", "{tmp}/p", "--ridge", "much"), "neither 'auto' nor a number"),
+        (("calibrate", "{folder}", "{tmp}/p", "--count", "9", "--quiet"), "count=9 exceeds"),
+        (("calibrate", "{folder}", "{tmp}/p", "--dtype", "float9"), "unknown"),
+        (("eval", "{folder}", "{tmp}/missing.safetensors"), "no plan at"),
+        (("bench", "{folder}", "{folder}/model.safetensors"), "holds no nbl plan"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_one(
+    monkeypatch, capsys, folder, tmp_path, words, message
+):
+    filled = [word.format(folder=folder, tmp=tmp_path) for word in words]
+    status, _, err = call(monkeypatch, capsys, *filled)
+    assert status == 1
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("p*"))  # nothing half-written
+
+
+def test_every_command_has_help(monkeypatch, capsys):
+    for command in ("calibrate", "explain", "eval", "generate", "bench", "demo"):
+        status, out, _ = call(monkeypatch, capsys, command, "--help")
+        assert status == 0
+        assert "Usage" in out
+        assert PYTHON_DOCS in out or command not in ("calibrate", "eval")

@@ -1,0 +1,62 @@
+"""Counting arithmetic and bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import nbl_compiler as nbl
+from nbl_compiler.cost import Machine, graph_cost
+
+
+def cost_of(module: nn.Module, *args: torch.Tensor):
+    costs = []
+
+    def backend(graph_module, example_inputs):
+        costs.append(graph_cost(graph_module))
+        return graph_module.forward
+
+    with torch.no_grad():
+        torch.compile(module, backend=backend)(*args)
+    (cost,) = costs
+    return cost
+
+
+def test_a_linear_layer():
+    cost = cost_of(nn.Linear(32, 48), torch.randn(5, 32))
+    assert cost.flops == 2 * 5 * 32 * 48
+    assert cost.bytes == 4 * (5 * 32 + 32 * 48 + 48 + 5 * 48)
+
+
+def test_attention_and_expanded_keys():
+    class Grouped(nn.Module):
+        def forward(self, q, k):
+            wide = k[:, :, None].expand(1, 2, 3, 16, 8).reshape(1, 6, 16, 8)
+            return nn.functional.scaled_dot_product_attention(q, wide, wide)
+
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 16, 8)
+    cost = cost_of(Grouped(), q, k)
+    wide, narrow = 4 * 6 * 16 * 8, 4 * 2 * 16 * 8
+    assert cost.flops == 4 * q.numel() * 16
+    # the copy that repeats the keys, then attention (one wide tensor is both keys and values)
+    assert cost.bytes == (narrow + wide) + (4 * q.numel() + wide + 4 * q.numel())
+
+
+def test_the_roofline_takes_the_longer_of_arithmetic_and_memory():
+    cost = cost_of(nn.Linear(32, 48), torch.randn(5, 32))
+    slow_memory, slow_arithmetic = Machine(1.0, 1e30), Machine(1e30, 1.0)
+    assert cost.seconds(slow_memory) == cost.bytes
+    assert cost.seconds(slow_arithmetic) == cost.flops
+
+
+def test_a_rewrite_costs_less_than_what_it_replaces():
+    from models.architectures import inputs, make
+
+    model = make("llama")
+    batches = [inputs("llama", 4, 64, seed=s)["input_ids"] for s in range(2)]
+    config = nbl.Config(attention=nbl.Attention(count=2))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    (graph,) = nbl.explain(model, **inputs("llama"), plan=plan, use_cache=False).graphs
+    assert graph.after.flops < graph.before.flops
+    assert graph.after.bytes < graph.before.bytes
+    assert len(graph.rewritten) == 2

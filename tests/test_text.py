@@ -1,0 +1,81 @@
+"""Text sources and packing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.evaluate import evaluation_rows
+from nbl_compiler.text import TextSource, python_docs_parts, token_batches
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, with 256 as BOS."""
+
+    bos_token_id = 256
+
+    def __call__(self, text, add_special_tokens=True, truncation=False):
+        ids = list(text.encode())
+        return {"input_ids": [256, *ids] if add_special_tokens else ids}
+
+
+def test_python_docs_parts_share_no_document():
+    calibration, held_out = python_docs_parts()
+    assert calibration
+    assert held_out
+    assert not set(calibration) & set(held_out)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_local_files_through_datasets(tmp_path: Path, suffix: str):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": ["one", "", "two"]})
+    path = tmp_path / f"text{suffix}"
+    {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}[suffix](str(path))
+    assert list(TextSource(str(path), column="body").documents()) == ["one", "two"]
+
+
+def test_a_missing_column_is_named(tmp_path: Path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"body": "one"}) + "\n")
+    with pytest.raises(ConfigError, match="no column 'text'; it has body"):
+        list(TextSource(str(path)).documents())
+
+
+@given(
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=30), min_size=1, max_size=8),
+    st.integers(4, 60),
+    st.integers(2, 16),
+    st.integers(1, 3),
+)
+def test_packing_keeps_the_tokens_in_order(documents, tokens, length, batch):
+    stream = [i for d in documents for i in Bytes()(d)["input_ids"]][:tokens]
+    rows = torch.cat(
+        token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch)
+    )
+    packed = rows.flatten().tolist()
+    assert packed == stream[: len(packed)]
+    assert len(packed) == (len(stream) // length * length or len(stream))
+
+
+def test_evaluation_rows_open_with_bos_and_do_not_overlap():
+    rows = evaluation_rows(["abcdefghij"], Bytes(), tokens=12, length=4)
+    assert [r[0, 0].item() for r in rows] == [256] * 3
+    assert bytes(torch.cat([r[0, 1:] for r in rows]).tolist()) == b"abcdefghi"
+
+
+def test_too_little_text_to_evaluate():
+    with pytest.raises(ConfigError, match="one row needs 511"):
+        evaluation_rows(["short"], Bytes(), tokens=512)
+
+
+def test_no_text_at_all():
+    with pytest.raises(ConfigError, match="empty"):
+        token_batches([], Bytes(), tokens=10)
