@@ -33,12 +33,13 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=32_768)
     parser.add_argument("--counts", default="2,4,8")
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
-    parser.add_argument("--rank-by", default="nmse")
+    parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
     batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
-    attention = Attention(count=0, input=args.input, rank_by=args.rank_by)
+    counts = [int(item) for item in args.counts.split(",")]
+    attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by)
     calibrated = observe_model(model, batches, Config(attention=attention))
     documents = list(TextSource(args.eval_text).documents())
 
@@ -47,7 +48,7 @@ def main() -> None:
 
     dense = measure(Plan())
     rows = []
-    for count in (int(item) for item in args.counts.split(",")):
+    for count in counts:
         plan = calibrated.plan(replace(attention, count=count))
         ours, dropped = measure(plan), measure(dropping(plan))
         rows.append({"m": count, "nbl": ours, "dropped": dropped, "dense": dense,

@@ -80,7 +80,7 @@ class Plan:
     model: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     _cast: dict[tuple[str, str, torch.dtype, torch.device], Tensor] = field(
-        default_factory=dict, repr=False
+        default_factory=dict, repr=False, init=False
     )
 
     @cached_property

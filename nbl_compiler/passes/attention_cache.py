@@ -26,6 +26,7 @@ from nbl_compiler.passes.graph_tools import (
     is_weight,
     is_write,
     shape_of,
+    written,
 )
 from nbl_compiler.passes.hidden_state import Refusal
 
@@ -40,9 +41,7 @@ class CacheUse:
     appends: tuple[Node, ...] = ()
 
 
-def cache_use(
-    interior: tuple[Node, ...], output: Node, topology: Topology
-) -> CacheUse | Refusal:
+def cache_use(interior: tuple[Node, ...], output: Node, topology: Topology) -> CacheUse | Refusal:
     """Classify the cache traffic of a region; refuse if anything else leaves it.
 
     Args:
@@ -56,7 +55,7 @@ def cache_use(
     appends = tuple(node for node in interior if is_append(node))
     allowed = inside | writes
     for write in writes:
-        leak = _leak(topology.storage(_target(write)), allowed, returned_ok=True)
+        leak = _leak(topology.storage(written(write)), allowed, returned_ok=True)
         if leak is not None:
             return Refusal(leak, f"the cache that `{write.name}` writes is read by `{leak.name}`")
     for node in interior:
@@ -68,12 +67,6 @@ def cache_use(
                 node, f"the intermediate `{node.name}` is used outside the region by `{leak.name}`"
             )
     return CacheUse(tuple(sorted(writes, key=topology.position.__getitem__)), appends)
-
-
-def _target(write: Node) -> Node:
-    target = write.args[0]
-    assert isinstance(target, Node)
-    return target
 
 
 def is_append(node: Node) -> bool:
@@ -111,8 +104,8 @@ def _side_writes(interior: tuple[Node, ...], inside: set[Node], topology: Topolo
         for user in _through_views(node)
         if user not in inside
         and is_write(user)
-        and topology.storage(_target(user)).op == "placeholder"
-        and topology.storage(_target(user)) is not topology.storage(node)
+        and topology.storage(written(user)).op == "placeholder"
+        and topology.storage(written(user)) is not topology.storage(node)
     }
 
 

@@ -3,8 +3,8 @@
 Dead-code elimination keeps in-place writes, and a dynamic cache's tensors are graph outputs; so
 both are taken out on purpose::
 
-    before   past_keys.index_copy_(2, positions, k)          after   (nothing)
-    before   keys = cat([past_keys, k], -2); return keys     after   keys = zeros().expand(B, H, L, D)
+    before   past_keys.index_copy_(2, positions, k)         after  (nothing)
+    before   keys = cat([past_keys, k], -2); return keys    after  keys = zeros().expand(B, H, L, D)
 
 The matcher has shown that nothing outside the region reads them. Lengths stay right: a static
 layer's counter is another tensor, and a dynamic layer's length is the shape of ``keys``, which is
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.passes.base import PassReport
-from nbl_compiler.passes.graph_tools import argument, example_value
+from nbl_compiler.passes.graph_tools import argument, example_value, written
 from nbl_compiler.passes.sites import AttentionMatch, load_linearized
 
 
@@ -37,9 +37,7 @@ class DropCacheUpdates:
             for append in match.cache_appends:
                 _keep_length_only(graph_module, match, append)
             for write in reversed(match.cache_writes):
-                target = write.args[0]
-                assert isinstance(target, Node)
-                write.replace_all_uses_with(target)
+                write.replace_all_uses_with(written(write))
                 graph_module.graph.erase_node(write)
         return PassReport(rewritten=tuple(touched))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,16 @@ from torch.fx import GraphModule, Node
 _WRITE_FUNCTIONS = frozenset({operator.setitem})
 _VIEW_METHODS = frozenset(
     {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand"}
-    | {"flatten", "unflatten", "swapaxes", "t", "mT", "narrow", "select", "view_as", "expand_as", "detach"}
-    | {"chunk", "split", "unbind"}
+    | {"flatten", "unflatten", "swapaxes", "swapdims", "movedim", "t", "narrow", "select", "detach"}
+    | {"view_as", "expand_as", "reshape_as", "chunk", "split", "tensor_split", "unbind"}
+    | {"split_with_sizes", "__getitem__"}
 )
-_VIEW_FUNCTIONS = frozenset({operator.getitem, torch.transpose, torch.reshape, torch.permute})
+_VIEW_FUNCTIONS = frozenset(
+    {operator.getitem, torch.transpose, torch.reshape, torch.permute, torch.unsqueeze}
+    | {torch.squeeze, torch.flatten, torch.unflatten, torch.swapaxes, torch.swapdims, torch.t}
+    | {torch.movedim, torch.narrow, torch.select, torch.chunk, torch.split, torch.tensor_split}
+    | {torch.unbind, torch.view_as_real, torch.view_as_complex}
+)
 _CAST_METHODS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "double"})
 _PATH_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)")
 _DROPPED_PARTS = frozenset({"_modules", "_orig_mod", "__self__", "_parameters"})
@@ -49,7 +55,10 @@ def is_weight(node: object) -> bool:
     if not isinstance(node, Node):
         return False
     if node.op == "get_attr":
-        return True
+        value: object = node.graph.owning_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        return isinstance(value, torch.nn.Parameter)
     return node.op == "placeholder" and isinstance(example_value(node), torch.nn.Parameter)
 
 
@@ -85,7 +94,9 @@ def common_module(nodes: Iterable[Node]) -> str:
     return ".".join(shared)
 
 
-def is_call(node: object, functions: Iterable[Callable] = (), methods: Iterable[str] = ()) -> bool:
+def is_call(
+    node: object, functions: Collection[object] = (), methods: Collection[object] = ()
+) -> bool:
     """Tell whether the node calls one of the functions or methods."""
     if not isinstance(node, Node):
         return False
@@ -103,8 +114,8 @@ def argument(node: Node, position: int, name: str, default: object = None) -> ob
 
 def is_view(node: object) -> bool:
     """Tell whether the node only rearranges, slices or casts one tensor."""
-    if is_call(node, {getattr}) and argument(node, 1, "name") in ("T", "mT", "H"):  # type: ignore[arg-type]
-        return True
+    if isinstance(node, Node) and is_call(node, {getattr}):
+        return argument(node, 1, "name") in {"T", "mT", "H"}
     return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS | _CAST_METHODS)
 
 
@@ -128,14 +139,27 @@ def is_write(node: Node) -> bool:
     return bool(node.args) and isinstance(node.args[0], Node)
 
 
+def written(write: Node) -> Node:
+    """Return the node that an in-place write was called on."""
+    target = write.args[0]
+    assert isinstance(target, Node)
+    return target
+
+
 def eliminate_dead_code(graph_module: GraphModule) -> int:
-    """Erase nodes without users, keeping every in-place write; return how many went.
+    """Erase nodes without users that compute a value and do nothing else; return how many went.
 
     FX's own notion of purity overlooks methods such as ``index_copy_``, by which a static KV cache
-    and its length counter are updated.
+    and its length counter are updated, and calls for their effect alone, which have no value:
+    entering and leaving ``vmap``, say.
     """
+
+    def has_effect(node: Node) -> bool:
+        calls = node.op in ("call_function", "call_method")
+        return node.is_impure() or is_write(node) or (calls and example_value(node) is None)
+
     before = len(graph_module.graph.nodes)
-    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure() or is_write(node))
+    graph_module.graph.eliminate_dead_code(has_effect)
     return before - len(graph_module.graph.nodes)
 
 
@@ -161,8 +185,10 @@ def projection_input(node: Node) -> Node | None:
         source, weight = argument(node, 0, "input"), argument(node, 1, "other")
     else:
         return None
-    weighted = is_weight(weight) or (is_view(weight) and is_weight(weight.all_input_nodes[0]))  # type: ignore[union-attr]
-    return source if weighted and isinstance(source, Node) and not is_weight(source) else None
+    if not isinstance(source, Node) or not isinstance(weight, Node) or is_weight(source):
+        return None
+    weighted = is_weight(weight) or (is_view(weight) and is_weight(weight.all_input_nodes[0]))
+    return source if weighted else None
 
 
 def skip_views_back(node: Node) -> Node:
@@ -186,7 +212,7 @@ class Topology:
         self.writers: dict[Node, list[Node]] = {}
         for node in self.position:
             if is_write(node):
-                self.writers.setdefault(self.storage(node.args[0]), []).append(node)  # type: ignore[arg-type]
+                self.writers.setdefault(self.storage(written(node)), []).append(node)
 
     def settled(self, node: Node) -> int:
         """Return the position from which on the node's memory is no longer written."""

@@ -157,7 +157,8 @@ def _two_inputs(
     if queries is not None and keys is not None and not queries.inputs <= keys.inputs:
         return Refusal(
             operands.get("key", operands["value"]),
-            f"cross-attention: queries and keys are projected from different hidden states ({names})",
+            "cross-attention: queries and keys are projected from different hidden states "
+            f"({names})",
         )
     return Refusal(
         operands.get("value", next(iter(operands.values()))),

@@ -33,7 +33,7 @@ def lift(graph_module: GraphModule, name: str, tensor: Tensor) -> Node:
     node.meta["example_value"] = _fake(graph_module, tensor)
     # For CUDA graphs: this input never moves. AOTAutograd asks every input for its source.
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     torch._dynamo.mark_static_address(tensor, guard=False)
     lifted.append((node, tensor))
     return node

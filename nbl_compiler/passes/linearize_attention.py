@@ -9,7 +9,7 @@ front of its norm (``input="residual"``); the plan says which it was calibrated 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
 from nbl_compiler.passes.base import PassReport, Rejected, source_line
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
+from nbl_compiler.passes.site_lookup import find_site
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plan import Plan, Site
 
@@ -42,14 +43,17 @@ class LinearizeAttention:
         done: list[AttentionMatch] = []
         left: list[Rejected] = []
         for match in load_matches(graph_module).found:
-            site = self.plan.find(match.site, "attention")
+            site = find_site(self.plan, match)
+            match = match if site is None else replace(match, site=site.name)
             if site is not None and site.decision == "rewritten":
                 rewrite(graph_module, match, site, self.plan)
                 done.append(match)
                 continue
             reason = "the plan does not know this site" if site is None else site.reason
             left.append(
-                Rejected(match.site, "attention", match.anchor.name, reason, source_line(match.anchor))
+                Rejected(
+                    match.site, "attention", match.anchor.name, reason, source_line(match.anchor)
+                )
             )
         store_linearized(graph_module, tuple(done))
         return PassReport(rewritten=tuple(m.site for m in done), rejected=tuple(left))

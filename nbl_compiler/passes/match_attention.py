@@ -50,27 +50,31 @@ class MatchAttention:
     def __call__(self, graph_module: GraphModule) -> PassReport:
         matches = match(graph_module)
         store_matches(graph_module, matches)
-        return PassReport(
-            matched=tuple(m.site for m in matches.found), rejected=matches.rejected
-        )
+        return PassReport(matched=tuple(m.site for m in matches.found), rejected=matches.rejected)
 
 
 def match(graph_module: GraphModule) -> Matches:
     """Return every attention site of the graph, matched or rejected."""
     topology = Topology(graph_module)
-    results = [(anchor, _check(anchor, topology)) for anchor in find_anchors(graph_module, topology)]
+    results = [
+        (anchor, _check(anchor, topology)) for anchor in find_anchors(graph_module, topology)
+    ]
     names = unique_names([_name(anchor, result) for anchor, result in results], "attention")
     found: list[AttentionMatch] = []
     rejected: list[Rejected] = []
     for name, (anchor, result) in zip(names, results, strict=True):
         if isinstance(result, Refusal):
             rejected.append(
-                Rejected(name, "attention", result.node.name, result.reason, source_line(anchor.node))
+                Rejected(
+                    name, "attention", result.node.name, result.reason, source_line(anchor.node)
+                )
             )
         else:
             found.append(_build(name, anchor, result, topology))
     for node in find_opaque(graph_module):
-        reason = f"`{node.target}` hides queries, keys and values; load the model with sdpa or eager"
+        reason = (
+            f"`{node.target}` hides queries, keys and values; load the model with sdpa or eager"
+        )
         site = common_module([node])
         rejected.append(Rejected(site, "attention", node.name, reason, source_line(node)))
     return Matches(tuple(found), tuple(rejected))
@@ -161,7 +165,9 @@ def _output_projection(anchor: Anchor) -> tuple[Node, dict[str, Node]] | Refusal
         node = stack.pop()
         for user in node.users:
             if user.op == "output":
-                return Refusal(node, "the attention output is returned before any output projection")
+                return Refusal(
+                    node, "the attention output is returned before any output projection"
+                )
             if projection_input(user) is not None:
                 projections[user] = None
             elif user not in on_path:
@@ -189,4 +195,3 @@ def _restore_shape(projection: Node) -> Node:
         projection = users[0]
         shape, users = shape_of(projection), list(projection.users)
     return projection
-

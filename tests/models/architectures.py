@@ -7,23 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers as hf
 from torch import nn
 
 HIDDEN, LAYERS, HEADS, FFN_WIDTH, VOCABULARY, POSITIONS = 32, 3, 4, 48, 64, 128
+SLIDING_WINDOW = 8
 
+Builder = Callable[[int], nn.Module]  # number of layers → model
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": FFN_WIDTH,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "max_position_embeddings": POSITIONS,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **_SPECIAL,
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 
@@ -34,139 +36,255 @@ class Architecture:
 
     Args:
         name: Name in test ids.
-        build: Makes the model in eval mode (seeded by ``make``).
-        sites: Number of attention sites that match without a cache.
-        rejected: Substring of the reason → number of sites rejected with it.
+        build: Makes a model with the given number of layers (seeded by ``make``).
+        sites: Number of attention sites that match without a cache, with ``LAYERS`` layers.
+        rejected: Substring of the reason → number of sites rejected with it, likewise.
         kind: ``"decoder"``, ``"encoder"``, ``"vision"`` or ``"encoder-decoder"``.
-        tolerance: Absolute tolerance for logits, where a family's scale needs its own.
+        attention: Paths of the self-attention modules, ``{}`` for the layer's index.
+        cross_attention: Path of the cross-attention modules, or an empty string.
+        implementations: Spellings of attention that transformers offers for the family.
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Builder
     sites: int = LAYERS
     rejected: dict[str, int] = field(default_factory=dict)
     kind: str = "decoder"
+    attention: tuple[str, ...] = ("model.layers.{}.self_attn",)
+    cross_attention: str = ""
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+
+    def site_names(self, layers: int = LAYERS) -> list[str]:
+        """Return the names of the sites that match, in model order."""
+        return [path.format(i) for path in self.attention for i in range(layers)]
 
 
-def _causal(config: str, model: str, base: dict = _GROUPED, **extra: object) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        return getattr(hf, model)(getattr(hf, config)(**{**base, **extra}))
+def _model(
+    config: str,
+    model: str,
+    base: dict[str, Any] = _GROUPED,
+    depth: str = "num_hidden_layers",
+    **extra: Any,
+) -> Builder:
+    def build(layers: int) -> nn.Module:
+        options = {**base, **extra, depth: layers}
+        # Options that hold one entry a layer are given as functions of the number of layers.
+        options = {k: v(layers) if callable(v) else v for k, v in options.items()}
+        return getattr(hf, model)(getattr(hf, config)(**options))
 
     return build
 
 
-def _gpt_style(config: str, model: str, **extra: object) -> Callable[[], nn.Module]:
-    base = {
-        "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS,
-        "n_positions": POSITIONS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    return _causal(config, model, base, **extra)
+def _causal(name: str, stem: str, base: dict[str, Any] = _GROUPED, **extra: Any) -> Architecture:
+    """A family whose layout follows Llama's."""
+    return Architecture(name, _model(f"{stem}Config", f"{stem}ForCausalLM", base, **extra))
 
 
-_GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+def _alternating(layers: int) -> list[str]:
+    return ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+
+
+_GEMMA = {
+    **_GROUPED,
+    "head_dim": 8,
+    "sliding_window": SLIDING_WINDOW,
+    "query_pre_attn_scalar": 8,
+    "layer_types": _alternating,
+}
+_GPT = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_head": HEADS,
+    "n_positions": POSITIONS,
+    **_SPECIAL,
+}
+_LATENT = {
+    **_COMMON,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+_DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": HIDDEN,
+    "n_heads": HEADS,
+    "hidden_dim": FFN_WIDTH,
+    "max_position_embeddings": POSITIONS,
+}
+_VIT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN_WIDTH,
+    "num_attention_heads": HEADS,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_WHISPER = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "encoder_layers": lambda layers: layers,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": FFN_WIDTH,
+    "decoder_ffn_dim": FFN_WIDTH,
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+    "max_target_positions": POSITIONS,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    **_SPECIAL,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 8,
+    "d_ff": FFN_WIDTH,
+    "num_heads": HEADS,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
 
 ARCHITECTURES = (
-    Architecture("llama", _causal("LlamaConfig", "LlamaForCausalLM")),
-    Architecture("mistral", _causal("MistralConfig", "MistralForCausalLM", sliding_window=8)),
-    Architecture("qwen2", _causal("Qwen2Config", "Qwen2ForCausalLM")),
-    Architecture("qwen3", _causal("Qwen3Config", "Qwen3ForCausalLM", head_dim=8)),
-    Architecture("gemma2", _causal("Gemma2Config", "Gemma2ForCausalLM", _GEMMA)),
+    _causal("llama", "Llama"),
+    _causal("mistral", "Mistral", sliding_window=SLIDING_WINDOW),
+    _causal("qwen2", "Qwen2"),
+    _causal("qwen3", "Qwen3", head_dim=8),
     Architecture(
-        "gemma3",
-        _causal(
-            "Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
-    ),  # fmt: skip
-    Architecture("phi", _causal("PhiConfig", "PhiForCausalLM", partial_rotary_factor=0.5)),
-    Architecture("phi3", _causal("Phi3Config", "Phi3ForCausalLM")),
-    Architecture("gpt2", _gpt_style("GPT2Config", "GPT2LMHeadModel")),
-    Architecture(
-        "gpt_neox", _causal("GPTNeoXConfig", "GPTNeoXForCausalLM", _COMMON, rotary_pct=0.5)
+        "gemma2", _model("Gemma2Config", "Gemma2ForCausalLM", _GEMMA), implementations=("eager",)
     ),
-    Architecture("gptj", _gpt_style("GPTJConfig", "GPTJForCausalLM", rotary_dim=4)),
+    Architecture("gemma3", _model("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA)),
+    _causal("phi", "Phi", partial_rotary_factor=0.5),
+    _causal("phi3", "Phi3"),
+    Architecture(
+        "gpt2",
+        _model("GPT2Config", "GPT2LMHeadModel", _GPT, "n_layer"),
+        attention=("transformer.h.{}.attn",),
+    ),
+    Architecture(
+        "gpt_neox",
+        _model("GPTNeoXConfig", "GPTNeoXForCausalLM", _COMMON, rotary_pct=0.5),
+        attention=("gpt_neox.layers.{}.attention",),
+    ),
+    Architecture(
+        "gptj",
+        _model("GPTJConfig", "GPTJForCausalLM", _GPT, "n_layer", rotary_dim=4),
+        attention=("transformer.h.{}.attn",),
+    ),
     Architecture(
         "opt",
-        _causal("OPTConfig", "OPTForCausalLM", _COMMON, ffn_dim=FFN_WIDTH, word_embed_proj_dim=HIDDEN),
+        _model(
+            "OPTConfig", "OPTForCausalLM", _COMMON, ffn_dim=FFN_WIDTH, word_embed_proj_dim=HIDDEN
+        ),
+        attention=("model.decoder.layers.{}.self_attn",),
     ),
     Architecture(
         "falcon",
-        _causal("FalconConfig", "FalconForCausalLM", _COMMON, multi_query=True, parallel_attn=True,
-                new_decoder_architecture=False, bias=False, alibi=False),
-    ),  # fmt: skip
+        _model(
+            "FalconConfig",
+            "FalconForCausalLM",
+            _COMMON,
+            multi_query=True,
+            parallel_attn=True,
+            new_decoder_architecture=False,
+            bias=False,
+            alibi=False,
+        ),
+        attention=("transformer.h.{}.self_attention",),
+    ),
     Architecture(
         "bloom",
-        _causal("BloomConfig", "BloomForCausalLM", {**_COMMON, "n_layer": LAYERS, "n_head": HEADS}),
+        _model("BloomConfig", "BloomForCausalLM", {**_COMMON, "n_head": HEADS}, "n_layer"),
+        attention=("transformer.h.{}.self_attention",),
     ),
-    Architecture("starcoder2", _causal("Starcoder2Config", "Starcoder2ForCausalLM")),
-    Architecture("smollm3", _causal("SmolLM3Config", "SmolLM3ForCausalLM")),
-    Architecture("olmo2", _causal("Olmo2Config", "Olmo2ForCausalLM")),
-    Architecture("cohere", _causal("CohereConfig", "CohereForCausalLM")),
+    _causal("starcoder2", "Starcoder2"),
+    _causal("smollm3", "SmolLM3"),
+    _causal("olmo2", "Olmo2"),
+    _causal("cohere", "Cohere"),
+    _causal("deepseek_v3", "DeepseekV3", _LATENT),
+    _causal("mixtral", "Mixtral", num_local_experts=4, num_experts_per_tok=2),
     Architecture(
-        "deepseek_v3",
-        _causal(
-            "DeepseekV3Config", "DeepseekV3ForCausalLM", _COMMON, num_key_value_heads=HEADS,
-            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-            moe_intermediate_size=16, first_k_dense_replace=1, n_shared_experts=1,
-        ),
-    ),  # fmt: skip
-    Architecture(
-        "mixtral",
-        _causal("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
+        "bert",
+        _model("BertConfig", "BertModel", _COMMON),
+        kind="encoder",
+        attention=("encoder.layer.{}.attention",),
     ),
-    Architecture("bert", _causal("BertConfig", "BertModel", _COMMON), kind="encoder"),
     Architecture(
         "roberta",
-        _causal("RobertaConfig", "RobertaModel", _COMMON, pad_token_id=1, max_position_embeddings=POSITIONS + 2),
+        _model(
+            "RobertaConfig",
+            "RobertaModel",
+            {**_COMMON, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
+        ),
         kind="encoder",
+        attention=("encoder.layer.{}.attention",),
     ),
     Architecture(
         "distilbert",
-        _causal("DistilBertConfig", "DistilBertModel", {"vocab_size": VOCABULARY, "dim": HIDDEN,
-                "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": FFN_WIDTH,
-                "max_position_embeddings": POSITIONS}),
+        _model("DistilBertConfig", "DistilBertModel", _DISTILBERT, "n_layers"),
         kind="encoder",
-    ),  # fmt: skip
+        attention=("transformer.layer.{}.attention",),
+    ),
     Architecture(
         "modernbert",
-        _causal("ModernBertConfig", "ModernBertModel", _COMMON, local_attention=16,
-                cls_token_id=3, sep_token_id=4),
+        _model(
+            "ModernBertConfig",
+            "ModernBertModel",
+            _COMMON,
+            local_attention=16,
+            cls_token_id=3,
+            sep_token_id=4,
+        ),
         kind="encoder",
-    ),  # fmt: skip
+        attention=("layers.{}.attn",),
+    ),
     Architecture(
         "vit",
-        _causal("ViTConfig", "ViTModel", {k: v for k, v in _COMMON.items() if "token" not in k and k != "vocab_size"}, image_size=16, patch_size=4),
+        _model("ViTConfig", "ViTModel", _VIT),
         kind="vision",
+        attention=("layers.{}.attention",),
     ),
     Architecture(
         "whisper",
-        _causal(
-            "WhisperConfig", "WhisperForConditionalGeneration",
-            {"vocab_size": VOCABULARY, "d_model": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
-             "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": FFN_WIDTH,
-             "decoder_ffn_dim": FFN_WIDTH, "num_mel_bins": 8, "max_source_positions": 16,
-             "max_target_positions": POSITIONS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-             "decoder_start_token_id": 1},
-        ),
-        sites=2 * LAYERS, rejected={"cross-attention": LAYERS}, kind="encoder-decoder",
-    ),  # fmt: skip
+        _model("WhisperConfig", "WhisperForConditionalGeneration", _WHISPER, "decoder_layers"),
+        sites=2 * LAYERS,
+        rejected={"cross-attention": LAYERS},
+        kind="encoder-decoder",
+        attention=("model.encoder.layers.{}.self_attn", "model.decoder.layers.{}.self_attn"),
+        cross_attention="model.decoder.layers.{}.encoder_attn",
+    ),
     Architecture(
         "t5",
-        _causal("T5Config", "T5ForConditionalGeneration",
-                {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": FFN_WIDTH,
-                 "num_layers": LAYERS, "num_heads": HEADS, "decoder_start_token_id": 0, "pad_token_id": 0}),
-        sites=2 * LAYERS, rejected={"cross-attention": LAYERS}, kind="encoder-decoder",
-    ),  # fmt: skip
-)  # fmt: skip
+        _model("T5Config", "T5ForConditionalGeneration", _T5, "num_layers"),
+        sites=2 * LAYERS,
+        rejected={"cross-attention": LAYERS},
+        kind="encoder-decoder",
+        attention=(
+            "encoder.block.{}.layer.0.SelfAttention",
+            "decoder.block.{}.layer.0.SelfAttention",
+        ),
+        cross_attention="decoder.block.{}.layer.1.EncDecAttention",
+    ),
+)
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 
-def make(name: str, implementation: str = "sdpa", seed: int = 0) -> nn.Module:
+def make(
+    name: str, implementation: str | None = None, seed: int = 0, layers: int = LAYERS
+) -> nn.Module:
     """Build a tiny model of the family with seeded random weights, in eval mode."""
     torch.manual_seed(seed)
-    model = BY_NAME[name].build().eval()
-    model.set_attn_implementation(implementation)
+    model = BY_NAME[name].build(layers).eval()
+    model.set_attn_implementation(implementation or BY_NAME[name].implementations[0])
     return model
 
 

@@ -1,0 +1,52 @@
+"""Plans with random maps: they prove the rewrite, not the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from nbl_compiler.fingerprint import sketch
+from nbl_compiler.plan import Plan, Site
+
+
+def random_plan(
+    model: nn.Module,
+    sites: Sequence[str],
+    linearized: Collection[int],
+    width: int,
+    input: str = "normed",
+    seed: int = 3,
+) -> Plan:
+    """Return a plan that replaces some of the sites by seeded random maps.
+
+    Args:
+        model: The model that the plan is for.
+        sites: Names of all its sites, in model order.
+        linearized: Indices into ``sites``.
+        width: Size d of the hidden state.
+        input: ``"normed"`` or ``"residual"``.
+        seed: Of the maps' entries.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sketches = list(dict.fromkeys(sketch(p) for p in model.parameters()))
+
+    def site(index: int, name: str) -> Site:
+        if index not in linearized:
+            return Site(name, "attention", "kept", "left dense by the test")
+        maps = {
+            "weight": torch.randn(width, width, generator=generator) / width**0.5,
+            "bias": torch.randn(width, generator=generator),
+        }
+        weights = [sketches.index(sketch(p)) for p in model.get_submodule(name).parameters()]
+        details = {"input": input, "weights": weights}
+        return Site(
+            name, "attention", "rewritten", "asked for by the test", tensors=maps, details=details
+        )
+
+    return Plan(
+        tuple(site(i, name) for i, name in enumerate(sites)),
+        tuple(sketches),
+        type(model).__name__,
+    )

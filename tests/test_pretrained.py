@@ -1,0 +1,146 @@
+"""Real pretrained models from installed packages, calibrated and run, some through Inductor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers.surgery import linearize_by_surgery
+from torch import Tensor, nn
+
+import nbl_compiler as nbl
+from nbl_compiler.evaluate import evaluation_rows
+from nbl_compiler.generate import greedy
+from nbl_compiler.models import GEMMA, MINILM, load_causal, resolve
+from nbl_compiler.quality import dropping, perplexity_of
+from nbl_compiler.text import python_docs_parts, token_batches
+
+pytestmark = pytest.mark.pretrained
+
+# float32, 18 layers, logits of order 10: rounding of two orders of summation
+LOGIT_ROUNDING = 2e-3
+PROMPT = "The standard library of Python offers"
+STEPS = 32
+
+
+@dataclass
+class Calibrated:
+    model: Any
+    tokenizer: Any
+    plan: nbl.Plan
+    surgery: nn.Module
+    prompt: Tensor
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Calibrated:
+    model, tokenizer = load_causal(GEMMA)
+    batches = token_batches(python_docs_parts()[0], tokenizer, tokens=4096)
+    config = nbl.Config(attention=nbl.Attention(count=4))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    return Calibrated(model, tokenizer, plan, linearize_by_surgery(model, plan), prompt)
+
+
+def compiled(case: Calibrated, lowering: str = "eager") -> Any:
+    options: dict[str, Any] = {"plan": case.plan, "lowering": lowering, "strict": True}
+    return torch.compile(case.model, backend="nbl", options=options)
+
+
+def expected_tokens(case: Calibrated) -> tuple[Tensor, Tensor]:
+    """Return 32 greedy tokens of the surgery model and the logits that chose them, uncached."""
+    ids = case.prompt
+    with torch.no_grad():
+        for _ in range(STEPS):
+            logits = case.surgery(ids, use_cache=False, logits_to_keep=1).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        logits = case.surgery(ids, use_cache=False).logits
+    length = case.prompt.shape[1]
+    return ids[:, length:], logits[:, length - 1 : -1]
+
+
+def test_gemma_decodes_like_surgery_with_every_cache(gemma):
+    from transformers import DynamicCache, StaticCache
+
+    tokens, logits = expected_tokens(gemma)
+    length = gemma.prompt.shape[1] + STEPS
+    config = gemma.model.config
+    caches = {
+        "dynamic": DynamicCache(config=config),
+        "static": StaticCache(config=config, max_cache_len=length),
+        "nbl dynamic": nbl.cache(gemma.model, gemma.plan, implementation="dynamic"),
+        "nbl static": nbl.cache(gemma.model, gemma.plan, length),
+    }
+    fast = compiled(gemma)
+    for name, cache in caches.items():
+        seen: list[Tensor] = []
+
+        def forward(seen: list[Tensor] = seen, **inputs: Any) -> Any:
+            output = fast(**inputs)
+            seen.append(output.logits[:, -1:])
+            return output
+
+        made = greedy(forward, gemma.prompt, cache, STEPS)
+        assert torch.equal(made, tokens), name
+        torch.testing.assert_close(
+            torch.cat(seen, 1), logits, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING
+        )
+    saved = 1 - nbl.cache_bytes(caches["nbl static"]) / nbl.cache_bytes(caches["static"])
+    assert saved == pytest.approx(4 / 18)  # at this length every layer's cache has the same size
+
+
+def test_gemma_through_inductor(gemma):
+    fast = compiled(gemma, "inductor")
+    tokens, _ = expected_tokens(gemma)
+    length = gemma.prompt.shape[1] + STEPS
+    with torch.no_grad():
+        ours = fast(gemma.prompt, use_cache=False).logits
+        reference = gemma.surgery(gemma.prompt, use_cache=False).logits
+    torch.testing.assert_close(ours, reference, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING)
+    made = greedy(fast, gemma.prompt, nbl.cache(gemma.model, gemma.plan, length), STEPS)
+    assert torch.equal(made, tokens)
+
+
+def test_a_linear_map_is_better_than_nothing(gemma):
+    held_out = python_docs_parts()[1]
+    rows = evaluation_rows(held_out, gemma.tokenizer, tokens=2048)
+    assert len(rows) == 4
+    dense, ours, dropped = (
+        perplexity_of(gemma.model, gemma.tokenizer, plan, held_out, 2048)
+        for plan in (nbl.Plan(), gemma.plan, dropping(gemma.plan))
+    )
+    assert dense < ours < dropped
+
+
+def test_minilm_embeddings_stay_close():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = resolve(MINILM)
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration, held_out = python_docs_parts()
+    batches = token_batches(calibration, tokenizer, tokens=8192, length=128, batch=16)
+    config = nbl.Config(attention=nbl.Attention(count=2))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    sentences = [line for document in held_out for line in document.split("\n\n")][:24]
+    given = tokenizer(
+        sentences, padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
+    fast = torch.compile(model, backend="nbl", options={"lowering": "eager", "strict": True})
+    surgery = linearize_by_surgery(model, plan)
+    with torch.no_grad():
+        dense, ours, oracle = (
+            m(**given).last_hidden_state for m in (model, fast, surgery)
+        )
+    mask = given["attention_mask"][..., None]
+    torch.testing.assert_close(
+        ours * mask, oracle * mask, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING
+    )
+
+    def embed(hidden: Tensor) -> Tensor:
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    cosine = (embed(dense) * embed(ours)).sum(-1).mean().item()
+    assert cosine > 0.9
