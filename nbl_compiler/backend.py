@@ -176,10 +176,9 @@ def _check_sites(
     if not refused and not unknown:
         return
     first = (refused + unknown)[0]
-    text = (
-        f"{len(refused)} site(s) of the plan cannot be rewritten in this graph and "
-        f"{len(unknown)} are not in the plan; first: {first.site}: {first.reason}"
-    )
+    kinds = ((refused, "of the plan cannot be rewritten here"), (unknown, "not in the plan"))
+    counts = " and ".join(f"{len(sites)} site(s) {what}" for sites, what in kinds if sites)
+    text = f"{counts}; first: {first.site}: {first.reason}"
     if strict:
         raise StrictError(text + "; calibrate this model, or drop strict=True")
     if not load_linearized(graph_module) or refused:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from nbl_compiler.errors import ConfigError
 
 Ridge = float | Literal["auto"]
 Guard = Literal["off", "predicted", "exact"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_selection(
@@ -19,9 +25,9 @@ def _check_selection(
 ) -> None:
     if count is not None and layers is not None:
         raise ConfigError(f"{kind}: give either `count` or `layers`, not both")
-    if count is not None and (isinstance(count, bool) or count < 0):
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise ConfigError(f"{kind}: count={count!r} must be an integer of at least 0")
-    if max_nmse is not None and not max_nmse > 0:
+    if max_nmse is not None and not (_is_number(max_nmse) and max_nmse > 0):
         raise ConfigError(f"{kind}: max_nmse={max_nmse!r} must be positive")
     for layer in layers or ():
         if isinstance(layer, bool) or not isinstance(layer, int | str):
@@ -59,6 +65,11 @@ class Attention:
 
     def __post_init__(self) -> None:
         if self.layers is not None:
+            if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
+                raise ConfigError(
+                    f"Attention: layers={self.layers!r} must be a sequence of site indices or site "
+                    "names"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
         _check_selection("Attention", self.count, self.layers, self.max_nmse)
         if self.rank_by not in ("nmse", "loss", "cca"):
@@ -79,11 +90,12 @@ class Config:
 
     Args:
         attention: Options for attention sites, or None to leave attention alone.
-        ridge: Ridge added to C_XX, relative to its mean eigenvalue, or ``"auto"`` to choose it
+        ridge: Ridge added to C_XX, relative to each input's variance, or ``"auto"`` to choose it
             per site on the held-out tokens.
-        holdout: Fraction of the calibration sequences kept out of the fit, in [0, 0.5]; their
-            error ranks the sites. With 0 the training error ranks them.
-        seed: Seed of the (deterministic) choice of held-out sequences.
+        holdout: Fraction of the calibration tokens (in blocks) kept out of the fit, in [0, 0.5];
+            their error ranks the sites. With 0, or with only a few of them, generalised
+            cross-validation on the others does.
+        seed: Seed of the (deterministic) choice of held-out blocks.
 
     Raises:
         ConfigError: for out-of-range options.
@@ -95,7 +107,11 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.ridge != "auto" and not (isinstance(self.ridge, int | float) and self.ridge >= 0):
+        if self.attention is not None and not isinstance(self.attention, Attention):
+            raise ConfigError(f"Config: attention={self.attention!r} must be nbl.Attention(...)")
+        if self.ridge != "auto" and not (_is_number(self.ridge) and 0 <= self.ridge < inf):
             raise ConfigError(f"Config: ridge={self.ridge!r} must be 'auto' or at least 0")
-        if not 0 <= self.holdout <= 0.5:
+        if not (_is_number(self.holdout) and 0 <= self.holdout <= 0.5):
             raise ConfigError(f"Config: holdout={self.holdout!r} must lie in [0, 0.5]")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"Config: seed={self.seed!r} must be an integer")

@@ -20,8 +20,8 @@ class TextSource:
     """Where text comes from.
 
     Args:
-        name: A local ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a dataset on the
-            hub (``org/name`` or ``org/name:configuration``), or ``"python-docs"``: the standard
+        name: A local ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a dataset on
+            the hub (``org/name`` or ``org/name:configuration``), or ``"python-docs"``: the standard
             library's ``pydoc_data.topics``, which every Python has.
         split: Split of a hub dataset.
         column: Column that holds the text.

@@ -62,14 +62,11 @@ print([str(w.message)[:30] for w in caught if "nbl" in str(w.message)])
 
 
 def test_without_a_plan_the_model_is_exact_and_one_warning_says_so() -> None:
-    models = [one_layer(), tiny("gpt2", layers=1)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for model in models:
-            fast = compiled(model)
-            for length in (8, 12):
-                ids = text(length=length)
-                assert torch.equal(output(fast, ids), output(model, ids))
+        for name in ("llama", "gpt2"):
+            model = tiny(name, layers=1)
+            assert torch.equal(output(compiled(model), text()), output(model, text()))
     own = [w for w in caught if issubclass(w.category, NBLWarning)]
     assert len(own) == 1
     assert "Calibrate one with `plan = nbl_compiler.calibrate(model, batches)`" in str(
@@ -85,15 +82,16 @@ def test_a_function_without_weights_needs_no_warning() -> None:
         ).equal(torch.zeros(2))
 
 
-@pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize(
+    ("lowering", "dynamic"), [("eager", None), ("eager", False), ("aot_eager", True)]
+)
 def test_lowerings_and_shapes_agree(lowering: str, dynamic: bool | None) -> None:
     model = one_layer()
     plan = plan_for(model)
     fast = torch.compile(
         model, backend="nbl", dynamic=dynamic, options={"plan": plan, "lowering": lowering}
     )
-    for shape in ((4, 48), (2, 17), (1, 5)):
+    for shape in ((4, 48), (2, 17)):
         ids = text(*shape)
         torch.testing.assert_close(
             output(fast, ids), mapped(model, plan, ids), rtol=0, atol=TOLERANCE
@@ -130,6 +128,7 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return patches
 
 
+NO_GRAPHS = "max-autotune-no-cudagraphs"
 AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
@@ -138,8 +137,8 @@ AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
     [
         ({}, {}),
         ({"mode": "default"}, {}),
-        ({"mode": "max-autotune-no-cudagraphs"}, AUTOTUNE),
-        ({"options": {"mode": "max-autotune-no-cudagraphs"}}, AUTOTUNE),
+        ({"mode": NO_GRAPHS}, AUTOTUNE),
+        ({"options": {"mode": NO_GRAPHS}}, AUTOTUNE),
         ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
         ({"options": {"inductor": {"max_autotune": True}}}, {"max_autotune": True}),
         (
@@ -156,9 +155,7 @@ AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 def test_modes_and_options_reach_inductor(
     lowered: list[dict[str, Any]], arguments: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    model = one_layer()
-    nbl.attach(model, plan_for(model))
-    output(torch.compile(model, backend="nbl", **arguments), text())
+    torch.compile(torch.sin, backend="nbl", **arguments)(torch.zeros(2))
     assert lowered == [expected]
 
 
@@ -181,21 +178,20 @@ def test_modes_and_options_reach_inductor(
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
-    model = one_layer()
     with pytest.raises(ConfigError, match=message):
-        output(torch.compile(model, backend="nbl", options=options), text())
+        torch.compile(torch.sin, backend="nbl", options=options)(torch.zeros(2))
 
 
 def test_a_bad_mode() -> None:
     with pytest.raises(ConfigError, match="Unrecognized mode=fastest"):
-        output(torch.compile(one_layer(), backend="nbl", mode="fastest"), text())
+        torch.compile(torch.sin, backend="nbl", mode="fastest")(torch.zeros(2))
 
 
 def test_a_damaged_plan_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "plan"
     path.write_bytes(b"nonsense")
     with pytest.raises(nbl.errors.PlanFormatError, match="not a whole safetensors file"):
-        output(compiled(one_layer(), plan=path), text())
+        torch.compile(torch.sin, backend="nbl", options={"plan": path})(torch.zeros(2))
 
 
 # Gradients.
@@ -241,7 +237,9 @@ def with_dropout() -> nn.Module:
 def test_a_site_that_the_graph_refuses_runs_dense_with_a_warning() -> None:
     model = with_dropout()
     fast = compiled(model, plan=plan_for(model))
-    message = r"1 site\(s\) of the plan cannot be rewritten .* self_attn: dropout is active"
+    message = (
+        r"1 site\(s\) of the plan cannot be rewritten here; first: .*self_attn: dropout is active"
+    )
     with pytest.warns(NBLWarning, match=message):
         output(fast, text())
 

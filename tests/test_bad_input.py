@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.plans import random_plan
 from helpers.tiny import calibrated, compiled, output, text, tiny
+from models.architectures import HIDDEN
 from torch import nn
 
 import nbl_compiler as nbl
@@ -58,13 +60,8 @@ def swap_layers(model: nn.Module) -> None:
 def prune_first_layer(model: nn.Module) -> None:
     del model.model.layers[0]
     model.config.num_hidden_layers = LAYERS - 1
-
-
-def swap_query_and_output(model: nn.Module) -> None:
-    attention = model.model.layers[1].self_attn
-    query, out = attention.q_proj.weight.clone(), attention.o_proj.weight.clone()
-    attention.q_proj.weight.copy_(out)
-    attention.o_proj.weight.copy_(query)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
 
 
 def changed(model: nn.Module, change: Callable[[nn.Module], None]) -> nn.Module:
@@ -138,18 +135,16 @@ def test_no_file_is_left_half_written_by_a_refusal(
             {"weight": (32, 32), "bias": (31,)},
             r"bias .* has shape \(31,\), the model needs \(32,\)",
         ),
-        ({"weight": (32, 32)}, r"bias for model\.layers\.1\.self_attn has shape None"),
+        ({"weight": (32, 32)}, r"bias for model\.layers\.0\.self_attn has shape None"),
         ({}, "has shape None"),
     ],
 )
-def test_maps_of_the_wrong_shape(
-    subject: tuple[nn.Module, nbl.Plan], tensors: dict[str, tuple[int, ...]], message: str
-) -> None:
-    model, plan = subject
-    wrong = replace(plan.sites[1], tensors={k: torch.zeros(s) for k, s in tensors.items()})
-    crafted = replace(plan, sites=(plan.sites[0], wrong, plan.sites[2]))
+def test_maps_of_the_wrong_shape(tensors: dict[str, tuple[int, ...]], message: str) -> None:
+    model = tiny(layers=1)
+    good = random_plan(model, ["model.layers.0.self_attn"], [0], HIDDEN)
+    wrong = replace(good.sites[0], tensors={k: torch.zeros(s) for k, s in tensors.items()})
     with pytest.raises(PlanMismatchError, match=message):
-        output(compiled(model, plan=crafted), text())
+        output(compiled(model, plan=replace(good, sites=(wrong,))), text())
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
@@ -177,7 +172,7 @@ def test_a_model_cast_to_a_dtype_without_linear_maps(
         ({"max_nmse": 0}, "max_nmse=0 must be positive"),
         ({"max_nmse": float("nan")}, "max_nmse=nan must be positive"),
         ({"max_nmse": "small"}, "max_nmse='small' must be positive"),
-        ({"rank_by": "cos"}, "rank_by='cos' must be 'nmse' or 'cca'"),
+        ({"rank_by": "cos"}, "rank_by='cos' must be 'nmse', 'loss' or 'cca'"),
         ({"input": "raw"}, "input='raw' must be 'normed' or 'residual'"),
         ({"taps": 4}, "taps=4 is not supported by this release; use taps=0"),
     ],

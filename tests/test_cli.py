@@ -23,11 +23,13 @@ def call(
 ) -> tuple[int, str, str]:
     """Run ``nbl …``; return (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["nbl", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
+    status = 0
+    try:
         cli.main()
-        raise SystemExit(0)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
     captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
+    return status, captured.out, captured.err
 
 
 def make_plan(monkeypatch, capsys, folder: Path, path: Path, *more: object) -> dict:

@@ -125,19 +125,13 @@ def test_minilm_embeddings_stay_close():
     config = nbl.Config(attention=nbl.Attention(count=2))
     plan = nbl.calibrate(model, batches, config, progress=False)
     sentences = [line for document in held_out for line in document.split("\n\n")][:24]
-    given = tokenizer(
-        sentences, padding=True, truncation=True, max_length=128, return_tensors="pt"
-    )
+    given = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
     fast = torch.compile(model, backend="nbl", options={"lowering": "eager", "strict": True})
     surgery = linearize_by_surgery(model, plan)
     with torch.no_grad():
-        dense, ours, oracle = (
-            m(**given).last_hidden_state for m in (model, fast, surgery)
-        )
+        dense, ours, oracle = (m(**given).last_hidden_state for m in (model, fast, surgery))
     mask = given["attention_mask"][..., None]
-    torch.testing.assert_close(
-        ours * mask, oracle * mask, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING
-    )
+    torch.testing.assert_close(ours * mask, oracle * mask, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING)
 
     def embed(hidden: Tensor) -> Tensor:
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

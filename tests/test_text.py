@@ -57,9 +57,7 @@ def test_a_missing_column_is_named(tmp_path: Path):
 )
 def test_packing_keeps_the_tokens_in_order(documents, tokens, length, batch):
     stream = [i for d in documents for i in Bytes()(d)["input_ids"]][:tokens]
-    rows = torch.cat(
-        token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch)
-    )
+    rows = torch.cat(token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch))
     packed = rows.flatten().tolist()
     assert packed == stream[: len(packed)]
     assert len(packed) == (len(stream) // length * length or len(stream))

@@ -41,7 +41,7 @@ def lower(
     if lowering == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(graph_module, list(example_inputs))  # type: ignore[no-any-return]
+        return aot_eager(graph_module, list(example_inputs))
     if lowering != "inductor":
         raise ConfigError(f"lowering={lowering!r} must be one of {', '.join(LOWERINGS)}")
     if any(isinstance(x, Tensor) and x.device.type == "cpu" for x in example_inputs):
@@ -49,7 +49,7 @@ def lower(
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(inductor_options or {})
-    return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value,no-any-return]
+    return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
 
 
 def check_cpp_compiler() -> None:

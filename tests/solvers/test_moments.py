@@ -52,7 +52,7 @@ def assert_same(first: Moments, second: Moments, tolerance: float) -> None:
 
 def exact(given_rows: Rows) -> Moments:
     """The same moments in float64, about the true mean."""
-    x, y, stream = (r.double() for r in given_rows)
+    x, y, _stream = (r.double() for r in given_rows)
     t = (given_rows[1].float() + given_rows[2].float()).double()
     means = (x.mean(0), y.mean(0), t.mean(0))
     cx, cy, ct = x - means[0], y - means[1], t - means[2]
