@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma-3-270M)
 	$(BIN)/nbl demo
 
+# One worker a core, one thread each: the tests are many small graphs.
 test: $(STAMP)  ## Run the tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)  ## Check style
 	$(BIN)/ruff check .

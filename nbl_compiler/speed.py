@@ -93,13 +93,18 @@ def contenders(model: Any, plan: Plan, **options: Any) -> tuple[Contender, Conte
 
 @contextmanager
 def measuring() -> Iterator[None]:
-    """Room for many shapes in Dynamo's cache, no gradients, and no compiled code from before."""
+    """No gradients, nothing compiled before, and no compiled code from the disk.
+
+    Every point then starts from a fresh Dynamo: shapes are compiled as constants, as for a service
+    that runs one shape, and only the lengths that sliding-window layers count in Python turn
+    symbolic.
+    """
     from torch._inductor.utils import fresh_cache
 
     with (
         torch.no_grad(),
         fresh_cache(),
-        torch._dynamo.config.patch(recompile_limit=64, automatic_dynamic_shapes=False),
+        torch._dynamo.config.patch(recompile_limit=64),
     ):
         torch._dynamo.reset()
         yield
@@ -114,6 +119,7 @@ def prefill(
     repeats: int = 3,
 ) -> SpeedRow:
     """Time one prompt of ``length`` tokens, batch 1, logits of the last position only."""
+    torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     device = _device(pair)
     ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
@@ -141,6 +147,7 @@ def decode(
 
     The cache is filled by setting its length: speed does not depend on what it holds.
     """
+    torch._dynamo.reset()
     device = _device(pair)
     token = torch.randint(0, vocabulary, (1, 1), generator=torch.Generator().manual_seed(0))
     token = token.to(device)

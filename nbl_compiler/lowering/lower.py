@@ -49,7 +49,7 @@ def lower(
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(inductor_options or {})
-    return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+    return compile_fx(graph_module, list(example_inputs), config_patches=patches or None)  # type: ignore[return-value]
 
 
 def check_cpp_compiler() -> None:
