@@ -25,7 +25,7 @@ demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma
 
 # One worker a core, one thread each: the tests are many small graphs.
 test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
 
 lint: $(STAMP)  ## Check style
 	$(BIN)/ruff check .

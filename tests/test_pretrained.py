@@ -17,7 +17,7 @@ from nbl_compiler.models import GEMMA, MINILM, load_causal, resolve
 from nbl_compiler.quality import dropping, perplexity_of
 from nbl_compiler.text import python_docs_parts, token_batches
 
-pytestmark = pytest.mark.pretrained
+pytestmark = [pytest.mark.pretrained, pytest.mark.xdist_group("pretrained")]
 
 # float32, 18 layers, logits of order 10: rounding of two orders of summation
 LOGIT_ROUNDING = 2e-3
