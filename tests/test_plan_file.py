@@ -285,3 +285,10 @@ def test_a_changed_copy_does_not_share_cast_tensors(real: nbl.Plan) -> None:
     other = replace(real, sites=(zero,))
     assert not other.tensor(zero, "bias", like).any()
     assert real.tensor(site, "bias", like) is real.tensor(site, "bias", like)
+
+
+def test_cast_tensors_outlive_the_mode_they_were_made_in(real: nbl.Plan) -> None:
+    (site,) = real.rewritten
+    with torch.inference_mode():
+        cast = real.tensor(site, "weight", torch.zeros(1, dtype=torch.float16))
+    assert not cast.is_inference()

@@ -324,7 +324,8 @@ def test_a_rewritten_file_is_read_again(path: Path) -> None:
     old.save(path)
     fast = compiled(model, plan=str(path))
     assert same(output(fast, text()), mapped(model, old))
-    status = path.stat()
+    status, held = path.stat(), plan_file.load_shared(str(path))
+    assert plan_file.load_shared(str(path)) is held
     new.save(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as on a coarse clock
     assert path.stat().st_size == status.st_size

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
+from sympy import Expr
 from torch.fx import GraphModule, Node
 
 _WRITE_FUNCTIONS = frozenset({operator.setitem})
@@ -38,10 +39,16 @@ def example_value(node: Node) -> object:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def shape_of(node: Node) -> tuple[int, ...] | None:
-    """Return the (possibly symbolic) shape of the node's tensor, or None."""
+def shape_of(node: Node) -> tuple[int | Expr, ...] | None:
+    """Return the shape of the node's tensor, or None.
+
+    A symbolic size is given as its expression: comparing two ``SymInt``s would make Dynamo guard on
+    the answer, and compile again for the next shape.
+    """
     value = example_value(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
 
 
 def is_floating(node: Node) -> bool:
