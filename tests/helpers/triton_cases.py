@@ -112,7 +112,7 @@ def _compiled(
     signature, constants, divisible = {}, {}, {}
     for parameter in kernel.params:
         value = values[parameter.name]
-        if parameter.is_constexpr or value is True or value == 1:
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(parameter.num,)] = value
             continue
