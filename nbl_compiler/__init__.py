@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nbl_compiler import errors
-from nbl_compiler.config import Attention, Config
+from nbl_compiler.config import FFN, Attention, Config
 
 if TYPE_CHECKING:
     from nbl_compiler.calibration import calibrate
@@ -35,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "FFN",
     "Attention",
     "Config",
     "Plan",

@@ -15,17 +15,18 @@ from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
 from nbl_compiler.errors import InferenceOnlyError, StrictError
-from nbl_compiler.graph_report import GraphReport
+from nbl_compiler.graph_report import REWRITING, GraphReport
 from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.lowering.lower import Compiled, lower
 from nbl_compiler.options import Options
+from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, load_folded
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import PassRun, build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
-from nbl_compiler.passes.sites import load_linearized, load_matches
+from nbl_compiler.passes.sites import AttentionMatch, load_linearized, load_matches
 from nbl_compiler.passes.upstream import upstream_weights
-from nbl_compiler.plan import Plan
+from nbl_compiler.plan import Plan, Site
 from nbl_compiler.plan_file import load_shared
 from nbl_compiler.user_errors import reported_by_dynamo
 
@@ -147,8 +148,11 @@ def _check_weights(graph_module: GraphModule, weights: Mapping[str, Tensor], pla
     """
     feeding = {name: weights[name] for name in upstream_weights(graph_module) if name in weights}
     registry.check_weights(feeding, plan, "this model")
-    for match in load_linearized(graph_module):
-        site = plan.find(match.site, "attention")
+    done: list[tuple[AttentionMatch | FFNMatch, Site | None]] = [
+        *((m, plan.find(m.site, "attention")) for m in load_linearized(graph_module)),
+        *((m, plan.find(m.site, "ffn")) for m in load_folded(graph_module)),
+    ]
+    for match, site in done:
         known = None if site is None else site.details.get("weights")
         if known is not None:
             own = {w.name: weights[w.name] for w in match.weights if w.name in weights}
@@ -160,28 +164,30 @@ def _check_sites(
     graph_module: GraphModule, runs: Sequence[PassRun], plan: Plan, strict: bool
 ) -> None:
     """Speak up about sites that the plan rewrites and this graph leaves dense."""
-    wanted = {site.name for site in plan.rewritten}
-    refused = [
-        r
-        for r in load_matches(graph_module).rejected
-        if (site := plan.find(r.site, "attention")) is not None and site.name in wanted
-    ]
-    unknown = [
-        r
-        for run in runs
-        if run.name == "linearize_attention"
-        for r in run.report.rejected
-        if plan.find(r.site, "attention") is None
-    ]
+    wanted = {(site.kind, site.name) for site in plan.rewritten}
+    matches = (load_matches(graph_module), load_ffn_matches(graph_module))
+    refused, unknown = [], []
+    for rejected in (r for found in matches for r in found.rejected):
+        site = plan.find(rejected.site, rejected.kind)
+        if site is not None and (site.kind, site.name) in wanted:
+            refused.append(rejected)
+    kinds = {site.kind for site in plan.sites}
+    for run in runs:
+        if run.name in REWRITING:
+            unknown += [
+                r
+                for r in run.report.rejected
+                if r.kind in kinds and plan.find(r.site, r.kind) is None
+            ]
     if not refused and not unknown:
         return
     first = (refused + unknown)[0]
-    kinds = ((refused, "of the plan cannot be rewritten here"), (unknown, "not in the plan"))
-    counts = " and ".join(f"{len(sites)} site(s) {what}" for sites, what in kinds if sites)
+    faults = ((refused, "of the plan cannot be rewritten here"), (unknown, "not in the plan"))
+    counts = " and ".join(f"{len(sites)} site(s) {what}" for sites, what in faults if sites)
     text = f"{counts}; first: {first.site}: {first.reason}"
     if strict:
         raise StrictError(text + "; calibrate this model, or drop strict=True")
-    if not load_linearized(graph_module) or refused:
+    if refused or not (load_linearized(graph_module) or load_folded(graph_module)):
         _warn_once(text + "; they run dense")
 
 

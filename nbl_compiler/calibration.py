@@ -1,33 +1,34 @@
-"""``nbl.calibrate``: one pass over text through an observing backend, then one solve a site."""
+"""``nbl.calibrate``: text through an observing backend, then one solve a site."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 
-from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
-from nbl_compiler.config import Attention, Config
-from nbl_compiler.distributed import fail_together, merge_across_processes, plan_of_first_process
+from nbl_compiler.batches import Batch, model_inputs
+from nbl_compiler.config import FFN, Attention, Config
+from nbl_compiler.distributed import merge_across_processes, plan_of_first_process
 from nbl_compiler.errors import (
     CalibrationError,
     ConfigError,
     InferenceOnlyError,
-    NBLError,
     UnsupportedDtypeError,
 )
+from nbl_compiler.ffn.fit import fit_ffns
+from nbl_compiler.ffn.sites import FFNFit
+from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.loss_ranking import rank_by_loss
-from nbl_compiler.observe import Observation, Observer
+from nbl_compiler.observe import Observation
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
-from nbl_compiler.plan import Plan
-from nbl_compiler.progress import token_bar
+from nbl_compiler.plan import Plan, Site
 from nbl_compiler.registry import attach
-from nbl_compiler.select import Candidate, check_selection, decide, fit_sites
+from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites
+from nbl_compiler.text_pass import device_of, observe, observe_again
 
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and
 # the ridge still find a usable one.
@@ -43,10 +44,13 @@ def calibrate(
 ) -> Plan:
     """Calibrate a plan for a pretrained model and attach it to the model.
 
-    The model runs once over the batches, compiled by a backend that finds the sites with the same
+    The model runs over the batches, compiled by a backend that finds the sites with the same
     matchers as at compile time and keeps only second moments of what it sees: memory does not
-    grow with the number of tokens. In a ``torch.distributed`` job every process passes its own
-    batches; the moments are summed, and all processes return the same plan.
+    grow with the number of tokens. Attention takes one pass; FFNs take a second one, and more for
+    guards, so the batches are gone through again (those of an iterator are kept for it).
+
+    In a ``torch.distributed`` job every process passes its own batches; the moments are summed,
+    and all processes return the same plan.
 
     Args:
         model: In eval mode, on any device, in float32, bfloat16 or float16.
@@ -66,19 +70,21 @@ def calibrate(
     """
     config = config or Config()
     calibrated = observe_model(model, batches, config, progress=progress)
-    plan = calibrated.plan(_attention(config))
+    plan = calibrated.plan()
     attach(model, plan)
     return plan
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Everything that one pass over the text found out, before any site is chosen.
+    """Everything that calibration found out, before any site is chosen.
 
     Args:
-        observation: Moments of every site.
-        candidates: The solved map of every site, in model order (empty if not asked for).
-        config: The configuration of the pass.
+        observation: Moments of every attention site, and which FFN sites there are.
+        candidates: The solved map of every attention site, in model order (empty if not asked
+            for).
+        fits: The fit of every FFN site, in model order.
+        config: The configuration of the calibration.
         fingerprint: Sketches of the model's weights.
         model: What was calibrated, for people.
         device: Where the model's weights are.
@@ -86,29 +92,51 @@ class Calibrated:
 
     observation: Observation
     candidates: tuple[Candidate, ...]
+    fits: tuple[FFNFit, ...]
     config: Config
     fingerprint: tuple[Sketch, ...]
     model: str
     device: torch.device
 
-    def plan(self, attention: Attention) -> Plan:
-        """Return the plan for one choice of sites; the maps are not solved again.
+    def plan(self, attention: Attention | None = None, ffn: FFN | None = None) -> Plan:
+        """Return the plan for one choice of sites; nothing is solved again.
 
         Args:
-            attention: How to choose. ``input`` must be what was observed.
+            attention: How to choose attention sites; by default as calibrated. ``input`` must be
+                what was observed.
+            ffn: How to choose FFN sites, likewise; everything but ``count``, ``layers`` and
+                ``max_nmse`` must be as calibrated.
 
         Raises:
-            ConfigError: if sites are named that do not exist, or another input is asked for.
+            ConfigError: if sites are named that do not exist, or something was not observed.
         """
-        if attention.input != _attention(self.config).input:
-            raise ConfigError(f"input={attention.input!r} was not observed; calibrate with it")
-        plan = Plan(
-            sites=decide(self.candidates, self.observation.rejected, attention),
-            fingerprint=self.fingerprint,
-            model=self.model,
-            config=_plain(replace(self.config, attention=attention)),
+        config = replace(
+            self.config, attention=attention or self.config.attention, ffn=ffn or self.config.ffn
         )
+        _check_choice(self.config, config)
+        sites: tuple[Site, ...] = ()
+        if config.attention is not None:
+            sites += decide(self.candidates, self.observation.rejected, config.attention)
+        if config.ffn is not None and self.observation.ffn is not None:
+            sites += decide_ffn(self.fits, self.observation.ffn.rejected, config.ffn)
+        plan = Plan(sites, self.fingerprint, self.model, _plain(config))
         return plan_of_first_process(plan, self.device)
+
+
+def _check_choice(observed: Config, wanted: Config) -> None:
+    if wanted.attention is not None and (
+        observed.attention is None or observed.attention.input != wanted.attention.input
+    ):
+        raise ConfigError(f"input={wanted.attention.input!r} was not observed; calibrate with it")
+    if wanted.ffn is not None:
+        same = observed.ffn and replace(
+            observed.ffn,
+            count=wanted.ffn.count,
+            layers=wanted.ffn.layers,
+            max_nmse=wanted.ffn.max_nmse,
+        )
+        if same != wanted.ffn:
+            raise ConfigError("this form of folded FFNs was not fitted; calibrate with it")
 
 
 def observe_model(
@@ -119,14 +147,14 @@ def observe_model(
     progress: bool = True,
     solve: bool = True,
 ) -> Calibrated:
-    """Do all of ``calibrate`` but choose the sites: one pass can serve several plans.
+    """Do all of ``calibrate`` but choose the sites: one calibration can serve several plans.
 
     Args:
         model: As for ``calibrate``, as are ``batches``, ``config`` and ``progress``.
         batches: See there.
         config: See there.
         progress: See there.
-        solve: Solve the maps. Without, only the moments are taken.
+        solve: Solve the maps. Without, only the first pass's moments are taken.
 
     Raises:
         NBLError: As ``calibrate``.
@@ -135,28 +163,59 @@ def observe_model(
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
     _check_request(model, config)
     aside: list[dict[str, Any]] = []
-    if _attention(config).rank_by == "loss":
+    if config.attention is not None and config.attention.rank_by == "loss":
         batches = _all_but_last(model, batches, aside)
-    observation = merge_across_processes(_observe(model, batches, config, progress))
+    if config.ffn is not None and solve:
+        batches = _for_several_passes(batches)
+    observation = merge_across_processes(observe(model, batches, config, progress=progress))
     _check_tokens(observation)
     sketches = _sketches(model)
     positions = {known: i for i, known in enumerate(sketches)}
     for site in observation.sites.values():
         site.details["weights"] = [positions[w] for w in site.weights]
     candidates = fit_sites(observation, config, progress=progress) if solve else ()
-    if candidates and aside:
-        candidates = rank_by_loss(model, candidates, aside, _attention(config), progress=progress)
-    return Calibrated(observation, candidates, config, sketches, _describe(model), _device(model))
+    if candidates and aside and config.attention is not None:
+        candidates = rank_by_loss(model, candidates, aside, config.attention, progress=progress)
+    fits = _fit_ffns(model, batches, config, observation, positions, progress) if solve else ()
+    return Calibrated(
+        observation, candidates, fits, config, sketches, _describe(model), device_of(model)
+    )
 
 
-def _attention(config: Config) -> Attention:
-    if config.attention is None:
-        raise ConfigError("the configuration leaves attention alone: nothing to calibrate")
-    return config.attention
+def _fit_ffns(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    observation: Observation,
+    positions: Mapping[Sketch, int],
+    progress: bool,
+) -> tuple[FFNFit, ...]:
+    if config.ffn is None or observation.ffn is None:
+        return ()
+    first = {n: s for n, s in observation.ffn.stages.items() if isinstance(s, NeuronStage)}
+
+    def run_pass(stages: Mapping[str, Stage]) -> None:
+        observe_again(model, batches, config, stages, progress=progress)
+
+    sites = observation.ffn.sites
+    fits = fit_ffns(sites, first, config.ffn, config.ridge, run_pass)
+    return tuple(
+        replace(
+            fit,
+            details={**fit.details, "weights": [positions[w] for w in sites[fit.name].sketches]},
+        )
+        for fit in fits
+    )
+
+
+def _for_several_passes(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return something that can be gone through again; an iterator's batches are kept."""
+    return list(batches) if iter(batches) is batches else batches
 
 
 def _check_request(model: nn.Module, config: Config) -> None:
-    _attention(config)
+    if config.attention is None and config.ffn is None:
+        raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
     if any(module.training for module in (model, *_dropouts(model))):
         raise InferenceOnlyError("the model is in training mode; call model.eval() first")
     for name, weight in model.named_parameters():
@@ -173,44 +232,6 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
 
 
-def _observe(
-    model: nn.Module, batches: Iterable[Batch], config: Config, progress: bool
-) -> Observation:
-    """Run the model over the batches; if that fails, it fails in every process."""
-    observer = Observer(config)
-    error = None
-    try:
-        _run(model, batches, observer, _attention(config), progress)
-        observation = observer.finish()
-    except NBLError as failure:
-        error = failure
-    finally:
-        observer.release()
-    fail_together(error)
-    return observation
-
-
-def _run(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    observer: Observer,
-    attention: Attention,
-    progress: bool,
-) -> None:
-    compiled = torch.compile(_private_forward(model), backend=observer.backend, dynamic=None)
-    cheap = cheap_arguments(model)
-    device = _device(model)
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    with torch.no_grad(), _many_shapes(), token_bar(total, "calibrating", progress) as advance:
-        for number, batch in enumerate(batches):
-            inputs = model_inputs(model, batch, device)
-            observer.start_batch(inputs)
-            compiled(**{**cheap, **inputs})
-            if number == 0 and observer.site_names:
-                check_selection(observer.site_names, attention)  # not after the last batch
-            advance(observer.batch_tokens)
-
-
 def _all_but_last(
     model: nn.Module, batches: Iterable[Batch], aside: list[dict[str, Any]]
 ) -> Iterator[Batch]:
@@ -222,44 +243,25 @@ def _all_but_last(
             yield previous
         previous, count = batch, count + 1
     if previous is not None:
-        aside.append(model_inputs(model, previous, _device(model)))
+        aside.append(model_inputs(model, previous, device_of(model)))
         if count == 1:
             yield previous
 
 
-def _private_forward(model: nn.Module) -> Callable[..., Any]:
-    """Return a function with a code object of its own, which runs the model.
-
-    Dynamo keeps compiled code with the code object of what it compiled. Kept with the model's
-    ``forward``, the graphs of calibration would outlive it, and would count towards the limit
-    after which Dynamo no longer compiles that method.
-    """
-
-    def forward(**inputs: Any) -> Any:
-        return model(**inputs)
-
-    forward.__code__ = forward.__code__.replace(co_name="nbl_calibration")
-    return forward
-
-
-def _many_shapes() -> Any:
-    """Allow one compiled graph a batch shape: text comes in many lengths."""
-    return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def _check_tokens(observation: Observation) -> None:
-    if not observation.sites and not observation.rejected:
+    ffn = observation.ffn
+    counts = {name: site.train.count for name, site in observation.sites.items()}
+    if ffn is not None:
+        stages = ffn.stages.items()
+        counts |= {n: s.moments.count for n, s in stages if isinstance(s, NeuronStage)}
+    if not counts and not observation.rejected and not (ffn and ffn.rejected):
         raise CalibrationError(
-            "no attention site was seen: were there any batches, and is this a transformer?"
+            "no attention or FFN site was seen: were there any batches, and is this a transformer?"
         )
-    for name, site in observation.sites.items():
-        if site.train.count < MIN_TOKENS:
+    for name, count in counts.items():
+        if count < MIN_TOKENS:
             raise CalibrationError(
-                f"{name} saw {site.train.count} calibration tokens; give at least {MIN_TOKENS} "
+                f"{name} saw {count} calibration tokens; give at least {MIN_TOKENS} "
                 "(tens of thousands for a good fit)"
             )
 
@@ -276,7 +278,7 @@ def _describe(model: nn.Module) -> str:
 
 def _plain(config: Config) -> dict[str, Any]:
     values = asdict(config)
-    attention = values["attention"]
-    if attention is not None and attention["layers"] is not None:
-        attention["layers"] = list(attention["layers"])
+    for kind in ("attention", "ffn"):
+        if values[kind] is not None and values[kind]["layers"] is not None:
+            values[kind]["layers"] = list(values[kind]["layers"])
     return values

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Literal, get_args
 
 from nbl_compiler.errors import ConfigError
 
 Ridge = float | Literal["auto"]
 Guard = Literal["off", "predicted", "exact"]
+Predictor = Literal["auto", "none", "low_rank", "quantized_2", "quantized_4", "quantized_8"]
+GUARDS: tuple[str, ...] = get_args(Guard)
+PREDICTORS: tuple[str, ...] = get_args(Predictor)
 
 
 def _is_number(value: object) -> bool:
@@ -32,6 +35,16 @@ def _check_selection(
     for layer in layers or ():
         if isinstance(layer, bool) or not isinstance(layer, int | str):
             raise ConfigError(f"{kind}: layers holds {layer!r}; give site indices or site names")
+
+
+def _layers(kind: str, layers: object) -> tuple[int | str, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ConfigError(
+            f"{kind}: layers={layers!r} must be a sequence of site indices or site names"
+        )
+    return tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,7 @@ class Attention:
     taps: int = 0
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
-                raise ConfigError(
-                    f"Attention: layers={self.layers!r} must be a sequence of site indices or site "
-                    "names"
-                )
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", _layers("Attention", self.layers))
         _check_selection("Attention", self.count, self.layers, self.max_nmse)
         if self.rank_by not in ("nmse", "loss", "cca"):
             raise ConfigError(
@@ -85,11 +92,86 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class FFN:
+    """How FFN sites are folded (TARDIS, arXiv 2501.10054, and beyond it for gated FFNs).
+
+    ``keep`` of the neurons stay a small dense FFN; all others become one linear map. With a guard,
+    the neurons that the map serves badly on a token (its *outliers*) are put right one by one from
+    the original weights.
+
+    Args:
+        count: Fold the ``count`` sites of least held-out NMSE. With neither ``count`` nor
+            ``layers``, every site within ``max_nmse`` is folded, or, without ``max_nmse`` either,
+            the best quarter of the sites (rounded up).
+        layers: Fold exactly these sites: indices in model order, or site names.
+        max_nmse: Never fold a site whose held-out NMSE exceeds this.
+        keep: Share of the neurons that stay dense, in [0, 1].
+        guard: ``"off"``; ``"predicted"``: a predictor picks ``capacity`` outliers a token; or
+            ``"exact"`` (plain FFNs): every neuron outside its calibrated range is an outlier, and
+            the error of the rest is certified (the plan's ``bound``) for every input.
+        capacity: Most outliers a token, as a share of the folded neurons. By default 0.05 for
+            ``"predicted"``; for ``"exact"``, where a token with more runs dense, what all but 1 %
+            of the calibration tokens need.
+        coverage: For ``"exact"``: share of all pre-activations that the ranges of a site's folded
+            neurons shall hold, in (0, 1]. It is divided between sites and neurons by what an
+            error there costs.
+        predictor: ``"low_rank"``, ``"quantized_8"``, ``"quantized_4"``, ``"quantized_2"`` or
+            ``"none"`` (the true pre-activations: reads all of W1). ``"auto"`` is ``"quantized_4"``
+            for ``"predicted"`` and ``"none"`` for ``"exact"``.
+        rank: Of the low-rank predictor.
+
+    Raises:
+        ConfigError: for contradictory or out-of-range options.
+    """
+
+    count: int | None = None
+    layers: tuple[int | str, ...] | None = None
+    max_nmse: float | None = None
+    keep: float = 0.25
+    guard: Guard = "off"
+    capacity: float | None = None
+    coverage: float = 0.9
+    predictor: Predictor = "auto"
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _layers("FFN", self.layers))
+        _check_selection("FFN", self.count, self.layers, self.max_nmse)
+        if not (_is_number(self.keep) and 0 <= self.keep <= 1):
+            raise ConfigError(f"FFN: keep={self.keep!r} must lie in [0, 1]")
+        if self.guard not in GUARDS:
+            raise ConfigError(f"FFN: guard={self.guard!r} must be 'off', 'predicted' or 'exact'")
+        if self.capacity is not None and not (_is_number(self.capacity) and 0 < self.capacity <= 1):
+            raise ConfigError(f"FFN: capacity={self.capacity!r} must lie in (0, 1]")
+        if not (_is_number(self.coverage) and 0 < self.coverage <= 1):
+            raise ConfigError(f"FFN: coverage={self.coverage!r} must lie in (0, 1]")
+        if self.predictor not in PREDICTORS:
+            raise ConfigError(
+                f"FFN: predictor={self.predictor!r} must be one of {', '.join(PREDICTORS)}"
+            )
+        if self.guard == "exact" and self.predictor == "low_rank":
+            raise ConfigError(
+                "FFN: a low-rank predictor has no certificate; for guard='exact' use 'none' or a "
+                "quantized one"
+            )
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(f"FFN: rank={self.rank!r} must be an integer of at least 1")
+
+    @property
+    def predictor_kind(self) -> str:
+        """The predictor that ``"auto"`` stands for."""
+        if self.predictor != "auto":
+            return self.predictor
+        return "quantized_4" if self.guard == "predicted" else "none"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything ``nbl.calibrate`` needs to know besides the model and the text.
 
     Args:
         attention: Options for attention sites, or None to leave attention alone.
+        ffn: Options for FFN sites, or None to leave FFNs alone.
         ridge: Ridge added to C_XX, relative to each input's variance, or ``"auto"`` to choose it
             per site on the held-out tokens.
         holdout: Fraction of the calibration tokens (in blocks) kept out of the fit, in [0, 0.5];
@@ -102,6 +184,7 @@ class Config:
     """
 
     attention: Attention | None = field(default_factory=Attention)
+    ffn: FFN | None = None
     ridge: Ridge = "auto"
     holdout: float = 0.1
     seed: int = 0
@@ -109,6 +192,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.attention is not None and not isinstance(self.attention, Attention):
             raise ConfigError(f"Config: attention={self.attention!r} must be nbl.Attention(...)")
+        if self.ffn is not None and not isinstance(self.ffn, FFN):
+            raise ConfigError(f"Config: ffn={self.ffn!r} must be nbl.FFN(...)")
         if self.ridge != "auto" and not (_is_number(self.ridge) and 0 <= self.ridge < inf):
             raise ConfigError(f"Config: ridge={self.ridge!r} must be 'auto' or at least 0")
         if not (_is_number(self.holdout) and 0 <= self.holdout <= 0.5):

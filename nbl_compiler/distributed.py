@@ -10,12 +10,8 @@ from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.observe import Observation
 from nbl_compiler.plan import Plan
 from nbl_compiler.plan_file import from_bytes, to_bytes
+from nbl_compiler.several_processes import several_processes
 from nbl_compiler.solvers.moments import Moments
-
-
-def several_processes() -> bool:
-    """Tell whether this is one process of a ``torch.distributed`` job of more than one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def fail_together(error: NBLError | None) -> None:
@@ -46,8 +42,9 @@ def merge_across_processes(observation: Observation) -> Observation:
     """
     if not several_processes():
         return observation
+    ffn = observation.ffn
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names, list(observation.sites))
+    dist.all_gather_object(names, [*observation.sites, *(ffn.stages if ffn else ())])
     if any(other != names[0] for other in names):
         counts = ", ".join(str(len(other)) for other in names)
         raise CalibrationError(
@@ -58,6 +55,8 @@ def merge_across_processes(observation: Observation) -> Observation:
         site.train = all_reduce(site.train)
         site.holdout = all_reduce(site.holdout)
         site.details["tokens"] = site.train.count + site.holdout.count
+    for stage in ffn.stages.values() if ffn else ():
+        stage.merge_across_processes()
     return observation
 
 

@@ -8,6 +8,9 @@ from nbl_compiler.cost import Cost
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.pipeline import PassRun
 
+REWRITING = ("linearize_attention", "fold_ffn")
+"""The passes that put a plan's tensors into the graph."""
+
 
 @dataclass(frozen=True)
 class GraphReport:
@@ -32,10 +35,7 @@ class GraphReport:
     def rewritten(self) -> tuple[str, ...]:
         """Every site that was replaced."""
         return tuple(
-            site
-            for run in self.runs
-            if run.name == "linearize_attention"
-            for site in run.report.rewritten
+            site for run in self.runs if run.name in REWRITING for site in run.report.rewritten
         )
 
     @property

@@ -32,7 +32,7 @@ from nbl_compiler.select import Candidate, wanted_count
 
 # Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
 TRIAL_TOKENS = 2048
-TRIAL_POSITIONS = 256
+TRIAL_POSITIONS = 1024
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
 

@@ -2,7 +2,8 @@
 
     y = o_proj(...)      becomes      y = o_proj(...);  observe(x, y, residual)
 
-Rows are tokens; ``nbl_compiler.rows`` says which of them count.
+Rows are tokens; ``nbl_compiler.rows`` says which of them count. ``nbl_compiler.observe_ffn`` does
+the same for FFN sites.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from torch.fx import GraphModule
 
 from nbl_compiler.config import Config
 from nbl_compiler.errors import CalibrationError, UnsupportedDtypeError
+from nbl_compiler.ffn.sites import FFNSite
+from nbl_compiler.ffn.stages import Stage
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.observe_ffn import FFNObservers
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.graph_tools import shape_of
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
-from nbl_compiler.passes.match_attention import match
+from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.private_copy import private_copy
-from nbl_compiler.passes.sites import AttentionMatch
+from nbl_compiler.passes.sites import AttentionMatch, load_matches
 from nbl_compiler.rows import RowChooser
 from nbl_compiler.solvers.moments import BufferedMoments, Moments
 from nbl_compiler.user_errors import reported_by_dynamo
@@ -50,10 +54,17 @@ class SiteMoments:
 
 @dataclass
 class Observation:
-    """What calibration saw: moments per site in model order, and what was rejected."""
+    """What calibration saw.
+
+    Args:
+        sites: Moments of every attention site, in model order.
+        rejected: Attention sites that were rejected.
+        ffn: The same of FFN sites, if they were observed.
+    """
 
     sites: dict[str, SiteMoments] = field(default_factory=dict)
     rejected: dict[str, Rejected] = field(default_factory=dict)
+    ffn: FFNObservers | None = None
 
 
 class _SiteObserver:
@@ -92,19 +103,33 @@ class Observer:
 
     Args:
         config: Says which input to observe and how much to hold out.
+        attention: Whether to observe attention sites.
+        begin_ffn: Makes the stage of an FFN site (see ``FFNObservers``); None leaves them alone.
     """
 
-    def __init__(self, config: Config) -> None:
-        assert config.attention is not None
-        self._use_residual = config.attention.input == "residual"
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attention: bool = True,
+        begin_ffn: Callable[[FFNSite], Stage | None] | None = None,
+    ) -> None:
+        self._attention = attention
+        self._use_residual = config.attention is not None and config.attention.input == "residual"
         self._rows = RowChooser(config.holdout, config.seed)
+        self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn, _naming)
         self._sites: dict[str, _SiteObserver] = {}
         self._rejected: dict[str, Rejected] = {}
 
     @property
     def site_names(self) -> list[str]:
-        """Names of the sites that matched so far, in model order."""
+        """Names of the attention sites that matched so far, in model order."""
         return list(self._sites)
+
+    @property
+    def ffn_names(self) -> list[str]:
+        """Names of the FFN sites that matched so far, in model order."""
+        return [] if self._ffn is None else list(self._ffn.sites)
 
     @property
     def batch_tokens(self) -> int:
@@ -124,15 +149,22 @@ class Observer:
         values = dict(zip(names, example_inputs, strict=True))
         graph_module = private_copy(graph_module)
         Canonicalize()(graph_module)
-        matches = match(graph_module)
-        for rejected in matches.rejected:
-            self._rejected.setdefault(rejected.site, rejected)
         with reported_by_dynamo():
-            for found in matches.found:
-                self._insert(graph_module, found, values)
+            MatchAttention()(graph_module)  # FFN sites are named so as not to collide with these
+            if self._ffn is not None:
+                self._ffn.insert(graph_module, values, self._rows)
+            if self._attention:
+                self._observe_attention(graph_module, values)
         graph_module.graph.lint()
         graph_module.recompile()
         return graph_module.forward
+
+    def _observe_attention(self, graph_module: GraphModule, values: Mapping[str, Any]) -> None:
+        matches = load_matches(graph_module)
+        for rejected in matches.rejected:
+            self._rejected.setdefault(rejected.site, rejected)
+        for found in matches.found:
+            self._insert(graph_module, found, values)
 
     def _insert(
         self, graph_module: GraphModule, found: AttentionMatch, values: Mapping[str, Any]
@@ -174,11 +206,12 @@ class Observer:
         for name, site in self._sites.items():
             with _naming(name):
                 sites[name] = site.finish()
-        return Observation(sites, dict(self._rejected))
+        return Observation(sites, dict(self._rejected), self._ffn)
 
     def release(self) -> None:
         """Let go of all moments: whatever else holds this observer must not hold them."""
         self._rows.forget()
+        self._ffn = None
         for site in self._sites.values():
             site.release()
 

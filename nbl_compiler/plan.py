@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.fingerprint import Sketch
+from nbl_compiler.guard_counters import new_counters
 
+Made = TypeVar("Made")
 Kind = Literal["attention", "ffn"]
 Decision = Literal["rewritten", "kept", "rejected"]
 
@@ -33,11 +35,15 @@ class Site:
         nmse: Training NMSE of the replacement, E‖y − ŷ‖² / E‖y − E y‖² (nan if rejected).
         holdout_nmse: The same on held-out rows (or by cross-validation without any).
         cca_bound: Σ (1 − ρ_i²), NBL's theorem 3.2 (nan if rejected).
-        tensors: For a rewritten attention site ``weight`` [d_out, d] and ``bias`` [d_out], with
-            y = x @ weight.T + bias; float32. Empty otherwise.
+        tensors: For a rewritten site ``weight`` [d_out, d] and ``bias`` [d_out], float32, with
+            y = x @ weight.T + bias for attention. An FFN adds its kept neurons (``kept`` [k]
+            int64, ``down`` [d_out, k]: their refitted columns of W2), and with a guard the slopes,
+            ranges, predictor and certified ``bound`` [d_out] (see ``docs/passes.md``). Empty
+            otherwise.
         details: Plain numbers, strings and lists: ``input``, ``ridge``, ``rank``, ``tokens``,
-            ``width_in``, ``width_out``, ``parameters`` (how many the region reads) and
-            ``weights`` (which of the plan's fingerprint they are).
+            ``width_in``, ``width_out``, ``parameters`` (how many the region reads),
+            ``parameters_read`` (of a folded FFN, for one token), and ``weights`` (which of the
+            plan's fingerprint they are).
     """
 
     name: str
@@ -82,6 +88,7 @@ class Plan:
     _cast: dict[tuple[str, str, torch.dtype, torch.device], Tensor] = field(
         default_factory=dict, repr=False, init=False
     )
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, init=False)
 
     @cached_property
     def digest(self) -> str:
@@ -151,6 +158,22 @@ class Plan:
             with torch.inference_mode(False):  # what is made here outlives the caller's mode
                 self._cast[slot] = site.tensors[key].to(like.device, like.dtype)
         return self._cast[slot]
+
+    def remember(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """Return what ``make`` returned for this key when it was first asked for.
+
+        For what is made of the plan and a model's weights together: prefill and decode graphs
+        share one copy, also after the model's own weights were released.
+        """
+        if key not in self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def counters(self, site: str, device: torch.device) -> Tensor:
+        """Return the counters of a guarded site on a device (``nbl_compiler.guard_counts``)."""
+        return self.remember((site, "counters", device), lambda: new_counters(device))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file with a JSON header, atomically.

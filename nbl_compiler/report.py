@@ -47,5 +47,5 @@ def _parameters(site: Site) -> str:
         return "-"
     if site.decision != "rewritten":
         return f"{before:,}"
-    after = sum(t.numel() for t in site.tensors.values())
+    after = site.details.get("parameters_read") or sum(t.numel() for t in site.tensors.values())
     return f"{before:,} → {after:,}"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from nbl_compiler.config import Attention, Config
+from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.observe import Observation, SiteMoments
 from nbl_compiler.passes.base import Rejected
-from nbl_compiler.plan import Site
+from nbl_compiler.plan import Decision, Site
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 
@@ -50,7 +51,9 @@ def decide(
     Raises:
         ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
     """
-    chosen = choose(candidates, attention)
+    holdout = {c.name: c.fit.holdout_nmse for c in candidates}
+    check_selection(list(holdout), attention)
+    chosen = choose(holdout, _ranking(candidates, attention), attention, attention.rank_by)
     sites = [_site(c, *chosen[c.name]) for c in candidates]
     sites += [
         Site(name, "attention", "rejected", why.reason)
@@ -60,41 +63,83 @@ def decide(
     return tuple(sites)
 
 
+def decide_ffn(
+    fits: Sequence[FFNFit], rejected: Mapping[str, Rejected], options: FFN
+) -> tuple[Site, ...]:
+    """Return every FFN site, decided, in model order (rejected ones last).
+
+    Raises:
+        ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
+    """
+    able = {fit.name: fit.holdout_nmse for fit in fits if not fit.refusal}
+    every = {fit.name: fit.holdout_nmse for fit in fits}
+    # Indices count all matched sites, also those that this form cannot fold.
+    pool = able if options.layers is None else every
+    chosen = choose(pool, best_first(able), options, "nmse")
+    sites = []
+    for fit in fits:
+        done, reason = chosen.get(fit.name, (False, ""))
+        decision: Decision = "rewritten" if done and not fit.refusal else "kept"
+        sites.append(
+            Site(
+                fit.name,
+                "ffn",
+                "rejected" if fit.refusal else decision,
+                fit.refusal or reason,
+                fit.nmse,
+                fit.holdout_nmse,
+                tensors=fit.tensors if decision == "rewritten" else {},
+                details=fit.details,
+            )
+        )
+    sites += [
+        Site(name, "ffn", "rejected", why.reason)
+        for name, why in rejected.items()
+        if name not in every
+    ]
+    return tuple(sites)
+
+
 def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
     fit = fit_linear(site.train, site.holdout, config.ridge)
     return Candidate(name, fit, cca_bound(site.train), site.details)
 
 
-def choose(candidates: Sequence[Candidate], options: Attention) -> dict[str, tuple[bool, str]]:
+def choose(
+    holdout: Mapping[str, float], order: Sequence[str], options: Attention | FFN, rank_by: str
+) -> dict[str, tuple[bool, str]]:
     """Return site name → (replace it?, reason).
+
+    Args:
+        holdout: Site name → held-out NMSE, in model order.
+        order: The names, best first.
+        options: How to choose.
+        rank_by: What ``order`` goes by, for the reasons.
 
     Raises:
         ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
     """
-    names = [c.name for c in candidates]
+    names = list(holdout)
     check_selection(names, options)
     limit = math.inf if options.max_nmse is None else options.max_nmse
-    beyond = {c.name for c in candidates if c.fit.holdout_nmse > limit}
+    beyond = {name for name, nmse in holdout.items() if nmse > limit}
     if options.layers is not None:
         named = {layer if isinstance(layer, str) else names[layer] for layer in options.layers}
         taken = named - beyond
         reasons = {n: "named in `layers`" if n in named else "not in `layers`" for n in names}
     else:
-        order = _ranking(candidates, options)
-        taken = set(
-            [name for name in order if name not in beyond][: wanted_count(len(names), options)]
-        )
+        within = [name for name in order if name not in beyond]
+        taken = set(within[: wanted_count(len(names), options)])
         reasons = {
-            name: f"rank {rank} of {len(order)} by {options.rank_by}"
+            name: f"rank {rank} of {len(order)} by {rank_by}"
             for rank, name in enumerate(order, start=1)
         }
-    for c in candidates:
-        if c.name in beyond:
-            reasons[c.name] = f"held-out NMSE {c.fit.holdout_nmse:.3f} exceeds max_nmse={limit:g}"
+    for name in beyond:
+        reasons[name] = f"held-out NMSE {holdout[name]:.3f} exceeds max_nmse={limit:g}"
     return {name: (name in taken, reasons[name]) for name in names}
 
 
-def check_selection(names: Sequence[str], options: Attention) -> None:
+def check_selection(names: Sequence[str], options: Attention | FFN) -> None:
     """Raise unless every site that the options ask for is among the matched ones.
 
     Args:
@@ -112,8 +157,12 @@ def check_selection(names: Sequence[str], options: Attention) -> None:
             raise ConfigError(f"layers holds {layer}, but the model has {len(names)} sites")
     if options.count is not None and options.count > len(names):
         raise ConfigError(
-            f"count={options.count} exceeds the {len(names)} attention sites that match"
+            f"count={options.count} exceeds the {len(names)} {_kind(options)} sites that match"
         )
+
+
+def _kind(options: Attention | FFN) -> str:
+    return "FFN" if isinstance(options, FFN) else "attention"
 
 
 def _ranking(candidates: Sequence[Candidate], options: Attention) -> list[str]:
@@ -122,13 +171,20 @@ def _ranking(candidates: Sequence[Candidate], options: Attention) -> list[str]:
         if any(c.loss_rank is None for c in candidates):
             raise ConfigError('rank_by="loss" was not measured; calibrate with it')
         return [c.name for c in sorted(candidates, key=lambda c: c.loss_rank or 0)]
-    score = {
-        c.name: c.fit.holdout_nmse if options.rank_by == "nmse" else c.cca_bound for c in candidates
-    }
+    return best_first(
+        {
+            c.name: c.fit.holdout_nmse if options.rank_by == "nmse" else c.cca_bound
+            for c in candidates
+        }
+    )
+
+
+def best_first(score: Mapping[str, float]) -> list[str]:
+    """Return the names by ascending score; NaN comes last."""
     return sorted(score, key=lambda name: (math.isnan(score[name]), score[name]))
 
 
-def wanted_count(sites: int, options: Attention) -> int:
+def wanted_count(sites: int, options: Attention | FFN) -> int:
     """Return how many of the eligible sites the options ask for."""
     if options.count is not None:
         return options.count

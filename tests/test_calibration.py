@@ -507,7 +507,7 @@ def test_training_mode(part: str | None) -> None:
 
 @pytest.mark.parametrize("batches", [[], iter(())])
 def test_no_batches(batches: Any) -> None:
-    with pytest.raises(CalibrationError, match="no attention site was seen: were there any batch"):
+    with pytest.raises(CalibrationError, match="no attention or FFN site was seen: were there any"):
         nbl.calibrate(tiny(layers=1), batches, progress=False)
 
 
@@ -577,5 +577,5 @@ def test_quantized_projections_are_rejected_with_their_reason() -> None:
 
 
 def test_nothing_to_calibrate() -> None:
-    with pytest.raises(ConfigError, match="leaves attention alone"):
+    with pytest.raises(ConfigError, match="leaves everything alone"):
         nbl.calibrate(tiny(), texts(), nbl.Config(attention=None), progress=False)

@@ -30,6 +30,7 @@ Inductor compiles for CPUs, :mod:`triton_guarded_ffn` the kernels for GPUs.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ from nbl_compiler.lowering.guarded_site import (
     overflowing,
     split_rows,
 )
-from nbl_compiler.lowering.predictors import predict
+from nbl_compiler.lowering.predictors import predict, recall
 
 
 def true_preactivations(site: GuardedFFN, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -107,6 +108,20 @@ def _within_capacity(candidates: Tensor, score: Tensor, capacity: int) -> Tensor
     key = torch.where(candidates, score, -1.0)
     order = key.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(candidates).scatter(-1, order[:, :capacity], True)
+
+
+def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
+    """Share of the outliers by the true pre-activations that the site's guard corrects on ``x``.
+
+    The truth is what the same guard picks without its predictor; where the capacity truncates, the
+    true top ``capacity``. 1 for a site without predictor.
+
+    Args:
+        site: The FFN and its guard.
+        x: Inputs [..., d].
+    """
+    truth = replace(site, predictor_kind="none", predictor=[])
+    return recall(choose(site, x)[1], choose(truth, x)[1])
 
 
 def run(site: GuardedFFN, x: Tensor) -> GuardedOutput:

@@ -43,12 +43,18 @@ def register_guarded_ffn() -> None:
     Call it before Inductor compiles a graph that holds the op; further calls do nothing. Without
     it, the op runs its reference.
     """
-    from torch._inductor.decomposition import decompositions, register_decomposition
+    from torch._inductor.decomposition import (
+        decompositions,
+        fast_random_decomps,
+        register_decomposition,
+    )
     from torch.utils._triton import has_triton
 
     op = torch.ops.nbl.guarded_ffn.default
     if op not in decompositions:
         register_decomposition([op])(_decomposition)
+        # Inductor keeps the table it used first: a graph compiled before would hide the new entry.
+        fast_random_decomps.cache_clear()
     if has_triton():
         from nbl_compiler.lowering import triton_guarded_ffn  # noqa: F401  registers its kernels
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from nbl_compiler.errors import ConfigError, ToolchainError
+from nbl_compiler.lowering.guarded_ffn_inductor import register_guarded_ffn
 
 Lowering = Literal["inductor", "aot_eager", "eager"]
 LOWERINGS: tuple[str, ...] = get_args(Lowering)
@@ -46,6 +47,8 @@ def lower(
         raise ConfigError(f"lowering={lowering!r} must be one of {', '.join(LOWERINGS)}")
     if any(isinstance(x, Tensor) and x.device.type == "cpu" for x in example_inputs):
         check_cpp_compiler()
+    if graph_module.graph.find_nodes(op="call_function", target=torch.ops.nbl.guarded_ffn.default):
+        register_guarded_ffn()
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(inductor_options or {})

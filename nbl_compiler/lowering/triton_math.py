@@ -36,11 +36,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def hidden_value(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """h = σ(g)·u, or σ(u) of a plain FFN, which has no g."""
-    if GATED:
-        value = activate(gate, ACTIVATION) * up
-    else:
-        value = activate(up, ACTIVATION)
-    return value
+    return activate(gate, ACTIVATION) * up if GATED else activate(up, ACTIVATION)
 
 
 @triton.jit

@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.passes.graph_tools import Topology, argument, is_call, is_weight, module_path
+from nbl_compiler.passes.graph_tools import (
+    Topology,
+    argument,
+    example_value,
+    is_call,
+    is_floating,
+    is_weight,
+    module_path,
+    projection_input,
+)
 
 _SDPA = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
 _SOFTMAX = frozenset({torch.softmax, F.softmax, torch.special.softmax})
@@ -31,8 +40,8 @@ class Anchor:
 
     Args:
         node: The node that names the anchor in reasons.
-        operands: What the mixing reads: name → node. For SDPA query, key and value (and a mask
-            that is computed); for the eager spelling the softmax's input ("scores") and value.
+        operands: What the mixing reads: name → node. Query, key and value; for SDPA a mask that
+            is projected from activations, for the eager spelling the softmax's input ("scores").
         result: The node that holds the mixed values.
         dropout: Dropout probability that is active inside the anchor itself.
     """
@@ -47,7 +56,7 @@ def find_anchors(graph_module: GraphModule, topology: Topology) -> list[Anchor]:
     """Return every anchor in graph order."""
     anchors = []
     for node in graph_module.graph.nodes:
-        anchor = _sdpa_anchor(node) or _eager_anchor(node, topology)
+        anchor = _sdpa_anchor(node, topology) or _eager_anchor(node, topology)
         if anchor is not None:
             anchors.append(anchor)
     return anchors
@@ -64,7 +73,7 @@ def find_opaque(graph_module: GraphModule) -> list[Node]:
     ]
 
 
-def _sdpa_anchor(node: Node) -> Anchor | None:
+def _sdpa_anchor(node: Node, topology: Topology) -> Anchor | None:
     if not is_call(node, _SDPA):
         return None
     named = {
@@ -73,15 +82,33 @@ def _sdpa_anchor(node: Node) -> Anchor | None:
         "value": argument(node, 2, "value"),
     }
     operands = {name: value for name, value in named.items() if isinstance(value, Node)}
+    mask = argument(node, 3, "attn_mask")
+    if isinstance(mask, Node) and _is_projected(mask, topology):
+        operands["mask"] = mask
     dropout = argument(node, 4, "dropout_p", 0.0)
     return Anchor(node, operands, node, dropout if isinstance(dropout, int | float) else 1.0)
 
 
+def _is_projection(node: Node) -> bool:
+    return projection_input(node) is not None
+
+
+def _is_projected(mask: Node, topology: Topology) -> bool:
+    """Tell whether a mask's values come from a projection (its sizes may, in any mask)."""
+
+    def stop(node: Node) -> bool:
+        return _is_projection(node) or not isinstance(example_value(node), torch.Tensor)
+
+    return any(map(_is_projection, topology.backward(mask, stop)))
+
+
 def _is_product(node: Node) -> bool:
     """Tell whether the node multiplies two activations."""
-    if is_call(node, _PRODUCTS | _BIASED_PRODUCTS, _PRODUCT_METHODS):
-        return not any(is_weight(arg) for arg in node.args)
-    return is_call(node, {torch.einsum}) and len(node.all_input_nodes) == 2
+    if _is_projection(node) or any(is_weight(source) for source in node.all_input_nodes):
+        return False
+    if is_call(node, {torch.einsum}):
+        return len(node.all_input_nodes) == 2
+    return is_call(node, _PRODUCTS | _BIASED_PRODUCTS, _PRODUCT_METHODS)
 
 
 def _eager_anchor(node: Node, topology: Topology) -> Anchor | None:
@@ -95,10 +122,14 @@ def _eager_anchor(node: Node, topology: Topology) -> Anchor | None:
         return None
     mixed, weights = product
     value = next((n for n in mixed.all_input_nodes if n is not weights), None)
-    behind = topology.backward(scores, stop=_is_product)
-    if value is None or not any(_is_product(n) for n in behind):
+    behind = topology.backward(scores, stop=lambda n: _is_product(n) or _is_projection(n))
+    products = [scores] if _is_product(scores) else [n for n in behind if _is_product(n)]
+    if value is None or not products:
         return None
-    return Anchor(node, {"scores": scores, "value": value}, mixed)
+    last = products[-1]  # masks and positions are made before
+    factors = [source for source in last.all_input_nodes if is_floating(source)]
+    operands = {"query": factors[-2:][0], "key": factors[-1], "value": value, "scores": scores}
+    return Anchor(node, operands, mixed)
 
 
 def _following_product(softmax: Node) -> tuple[Node, Node] | None:

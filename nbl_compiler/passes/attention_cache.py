@@ -60,7 +60,8 @@ def cache_use(interior: tuple[Node, ...], output: Node, topology: Topology) -> C
             return Refusal(leak, f"the cache that `{write.name}` writes is read by `{leak.name}`")
     for node in interior:
         owner = topology.storage(node)
-        returned_ok = owner in appends or _is_fresh(owner) or node in writes
+        into_cache = node in writes and owner.op == "placeholder"
+        returned_ok = owner in appends or _is_fresh(owner) or into_cache
         leak = _leak(node, allowed, returned_ok)
         if leak is not None:
             return Refusal(

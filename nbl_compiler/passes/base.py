@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch.fx import GraphModule, Node
 
@@ -21,7 +21,7 @@ class Rejected:
     """
 
     site: str
-    kind: str
+    kind: Literal["attention", "ffn"]
     node: str
     reason: str
     source: str = ""

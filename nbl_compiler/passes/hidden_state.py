@@ -76,16 +76,13 @@ def find_hidden(operands: Mapping[str, Node], topology: Topology) -> HiddenState
             break
         inputs = (inputs - {latest}) | deeper.inputs
         projections |= deeper.projections
+    missing = _missing_projection(operands, first_inputs if len(inputs) > 1 else inputs, topology)
+    if missing is not None:
+        return missing
     if len(inputs) > 1:
         return _two_inputs(roots, operands, first_inputs)
-    hidden = inputs.pop()
-    for name, node in operands.items():
-        bare = _bare_hidden(node, hidden, topology)
-        if bare is not None:
-            what = "the hidden state" if bare is hidden else f"a second hidden input `{bare.name}`"
-            return Refusal(node, f"missing projection: {name} reads {what} without a projection")
     ordered = sorted(projections, key=topology.position.__getitem__)
-    return HiddenState(hidden, tuple(ordered))
+    return HiddenState(inputs.pop(), tuple(ordered))
 
 
 def _roots(start: Node, topology: Topology, *, through_residual: bool = True) -> _Roots:
@@ -121,12 +118,28 @@ def _is_residual_addition(node: Node) -> bool:
     )
 
 
+def _missing_projection(
+    operands: Mapping[str, Node], inputs: set[Node], topology: Topology
+) -> Refusal | None:
+    """Refuse if an operand reads one of the projections' inputs as it is."""
+    for hidden in sorted(inputs, key=topology.position.__getitem__):
+        for name, node in operands.items():
+            bare = _bare_hidden(node, hidden, topology)
+            if bare is not None:
+                what = "the hidden state" if bare is hidden else f"a second input `{bare.name}`"
+                reason = f"missing projection: {name} reads {what} without a projection"
+                return Refusal(node, reason)
+    return None
+
+
 def _bare_hidden(operand: Node, hidden: Node, topology: Topology) -> Node | None:
     """Return a hidden state that reaches the operand around every projection, if there is one."""
+    if projection_input(operand) is not None:  # one head: nothing lies in between
+        return None
     cone = topology.backward(operand, stop=lambda n: projection_input(n) is not None)
     width = shape_of(hidden)
     for node in cone:
-        if projection_input(node) is not None or node is operand:
+        if projection_input(node) is not None:
             continue
         if node is hidden:
             return node
@@ -152,16 +165,14 @@ def _two_inputs(
     roots: Mapping[str, _Roots], operands: Mapping[str, Node], inputs: set[Node]
 ) -> Refusal:
     names = ", ".join(f"`{node.name}`" for node in sorted(inputs, key=lambda n: n.name))
-    queries = roots.get("query", roots.get("scores"))
-    keys = roots.get("key", roots.get("value"))
-    if queries is not None and keys is not None and not queries.inputs <= keys.inputs:
+    if not roots["query"].inputs <= roots["key"].inputs:
         return Refusal(
-            operands.get("key", operands["value"]),
+            operands["key"],
             "cross-attention: queries and keys are projected from different hidden states "
             f"({names})",
         )
     return Refusal(
-        operands.get("value", next(iter(operands.values()))),
+        operands["value"],
         f"more than one hidden input: the projections read {names}",
     )
 

@@ -29,7 +29,7 @@ def lift(graph_module: GraphModule, name: str, tensor: Tensor) -> Node:
     placeholders = graph.find_nodes(op="placeholder")
     first = next(iter(graph.nodes))
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(first):
-        node = graph.placeholder(re.sub(r"\W", "_", f"nbl_{name}"))
+        node = graph.placeholder(_unique(re.sub(r"\W", "_", f"nbl_{name}"), placeholders))
     node.meta["example_value"] = _fake(graph_module, tensor)
     # For CUDA graphs: this input never moves. AOTAutograd asks every input for its source.
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -39,9 +39,23 @@ def lift(graph_module: GraphModule, name: str, tensor: Tensor) -> Node:
     return node
 
 
+def _unique(name: str, placeholders: list[Node]) -> str:
+    taken = {str(node.target) for node in placeholders}
+    count = 1
+    while (numbered := name if count == 1 else f"{name}_{count}") in taken:
+        count += 1
+    return numbered
+
+
 def lifted_tensors(graph_module: GraphModule) -> list[Tensor]:
     """Return the tensors behind the lifted inputs, in the order of those inputs."""
     return [tensor for _, tensor in graph_module.meta.get(_LIFTED, [])]
+
+
+def is_lifted(node: Node) -> bool:
+    """Tell whether the node is a lifted input."""
+    module = node.graph.owning_module
+    return module is not None and any(n is node for n, _ in module.meta.get(_LIFTED, []))
 
 
 def _fake(graph_module: GraphModule, tensor: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def match(graph_module: GraphModule) -> Matches:
         (anchor, _check(anchor, topology)) for anchor in find_anchors(graph_module, topology)
     ]
     names = unique_names([_name(anchor, result) for anchor, result in results], "attention")
-    found: list[AttentionMatch] = []
+    found: dict[tuple[Node, Node], AttentionMatch] = {}  # several anchors may share a region
     rejected: list[Rejected] = []
     for name, (anchor, result) in zip(names, results, strict=True):
         if isinstance(result, Refusal):
@@ -70,14 +70,15 @@ def match(graph_module: GraphModule) -> Matches:
                 )
             )
         else:
-            found.append(_build(name, anchor, result, topology))
+            region = (result.hidden.node, result.output)
+            found.setdefault(region, _build(name, anchor, result, topology))
     for node in find_opaque(graph_module):
         reason = (
             f"`{node.target}` hides queries, keys and values; load the model with sdpa or eager"
         )
         site = common_module([node])
         rejected.append(Rejected(site, "attention", node.name, reason, source_line(node)))
-    return Matches(tuple(found), tuple(rejected))
+    return Matches(tuple(found.values()), tuple(rejected))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def _check(anchor: Anchor, topology: Topology) -> _Region | Refusal:
     hidden = find_hidden({**anchor.operands, **side_operands}, topology)
     if isinstance(hidden, Refusal):
         return hidden
+    write = _write_between(hidden, output, topology)
+    if write is not None:
+        return Refusal(write, f"more than one hidden input: `{write.name}` overwrites the first")
     interior = _interior(hidden.node, output, topology)
     dropout = next((node for node in interior if is_active_dropout(node)), None)
     if dropout is not None:
@@ -138,6 +142,13 @@ def _check(anchor: Anchor, topology: Topology) -> _Region | Refusal:
     if isinstance(cache, Refusal):
         return cache
     return _Region(hidden, output, interior, cache)
+
+
+def _write_between(hidden: HiddenState, output: Node, topology: Topology) -> Node | None:
+    """Return a write into the hidden state that some of the region's readers see, if any."""
+    start, end = topology.position[hidden.projections[0]], topology.position[output]
+    writers = topology.writers.get(topology.storage(hidden.node), ())
+    return next((w for w in writers if start < topology.position[w] < end), None)
 
 
 def _interior(hidden: Node, output: Node, topology: Topology) -> tuple[Node, ...]:

@@ -13,9 +13,11 @@ from nbl_compiler.passes.base import Pass, PassReport
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.clean_up import CleanUp
 from nbl_compiler.passes.drop_cache_updates import DropCacheUpdates
+from nbl_compiler.passes.fold_ffn import FoldFFN
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.linearize_attention import LinearizeAttention
 from nbl_compiler.passes.match_attention import MatchAttention
+from nbl_compiler.passes.match_ffn import MatchFFN
 from nbl_compiler.plan import Plan
 
 
@@ -26,6 +28,8 @@ def build_pipeline(plan: Plan) -> tuple[Pass, ...]:
         MatchAttention(),
         LinearizeAttention(plan),
         DropCacheUpdates(),
+        MatchFFN(),
+        FoldFFN(plan),
         CleanUp(),
     )
 

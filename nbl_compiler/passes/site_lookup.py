@@ -7,35 +7,36 @@ alone has the same paths as the decoder. There the weights that the region reads
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from nbl_compiler.fingerprint import find_stranger
+from nbl_compiler.passes.ffn_sites import FFNMatch
+from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.sites import AttentionMatch
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plan import Kind, Plan, Site
 
 
 def find_site(plan: Plan, match: AttentionMatch) -> Site | None:
-    """Return the plan's site for a match: by its name, else by its weights, else None."""
-    return plan.find(match.site, "attention") or _find_by_weights(plan, match)
+    """Return the plan's site for an attention match: by its name or else its weights, or None."""
+    return plan.find(match.site, "attention") or _find_by_weights(plan, match.weights, "attention")
 
 
-def _find_by_weights(plan: Plan, match: AttentionMatch) -> Site | None:
+def find_ffn_site(plan: Plan, match: FFNMatch) -> Site | None:
+    """Return the plan's site for an FFN match, likewise."""
+    return plan.find(match.site, "ffn") or _find_by_weights(plan, match.weights, "ffn")
+
+
+def _find_by_weights(plan: Plan, nodes: Sequence[Node], kind: Kind) -> Site | None:
     """Return the one site that was calibrated on the weights this region reads."""
-    values = {node.name: weight_value(node) for node in match.weights}
+    values = {node.name: parameter_value(node) for node in nodes}
     weights = {name: value for name, value in values.items() if value is not None}
     if not weights:
         return None
     same = []
     for site in plan.sites:
         known = [plan.fingerprint[i] for i in site.details.get("weights", ())]
-        if site.kind == "attention" and known and find_stranger(weights, known) is None:
+        if site.kind == kind and known and find_stranger(weights, known) is None:
             same.append(site)
     return same[0] if len(same) == 1 else None
-
-
-def weight_value(node: Node) -> nn.Parameter | None:
-    """Return the parameter behind a graph input, as Dynamo knows it while it compiles."""
-    argument = node.meta.get("grapharg")
-    value = None if argument is None else argument.example
-    return value if isinstance(value, nn.Parameter) else None

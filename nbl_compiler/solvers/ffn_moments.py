@@ -134,6 +134,22 @@ class RegressionMoments:
         )
         return merged
 
+    def about(self, input_shift: Tensor, target_shift: Tensor) -> Self:
+        """The same moments with their sums taken about other points ([p] and [q] float64)."""
+        origin = self._empty()
+        origin.count = 0
+        origin._allocate(self._input_shift.device)
+        origin._input_shift = input_shift.to(self._input_shift)
+        origin._target_shift = target_shift.to(self._target_shift)
+        return self._combine(origin, self)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums that add up when moments about the same points are merged."""
+        return (
+            self._input_sum, self._target_sum, self._input_products, self._cross_products,
+            self._target_squares,
+        )  # fmt: skip
+
     def _empty(self) -> Self:
         fresh = object.__new__(type(self))
         fresh.__dict__.update(self.__dict__)

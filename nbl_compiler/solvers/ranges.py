@@ -93,6 +93,13 @@ class RangeHistogram:
         merged.tokens += added.tokens
         return merged
 
+    def covering(self, minimum: Tensor, maximum: Tensor) -> RangeHistogram:
+        """The same histogram on a grid that also holds ``minimum`` and ``maximum`` [f]."""
+        copy = self._copy()
+        copy.counts = self.counts.clone()
+        copy._cover(minimum.to(self.minimum), maximum.to(self.maximum))
+        return copy
+
     def edges(self) -> Tensor:
         """Bin boundaries, [f, bins + 1] float64."""
         steps = torch.arange(self.bins + 1, device=self.counts.device)

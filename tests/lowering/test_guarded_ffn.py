@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.lowering.counters import accumulate, new_counters, predictor_recall, read
+from nbl_compiler.guard_counters import accumulate, new_counters, read
 from nbl_compiler.lowering.guarded_ffn import (
     choose,
     dense_output,
+    predictor_recall,
     reference,
     run,
     true_preactivations,

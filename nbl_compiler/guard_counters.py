@@ -6,15 +6,11 @@ model: it traces, fuses, and never waits for the device. Only ``read`` does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from nbl_compiler.lowering.guarded_ffn import choose
-from nbl_compiler.lowering.guarded_site import GuardedFFN
-from nbl_compiler.lowering.predictors import recall
 
 FIELDS = 4
 """Tokens, flagged neurons, most flagged neurons of a token, tokens on the dense path."""
@@ -76,17 +72,3 @@ def accumulate(counters: Tensor, outliers: Tensor, dense: Tensor) -> None:
 def read(counters: Tensor) -> GuardCounts:
     """Return the counts; waits for the device."""
     return GuardCounts(*counters.tolist())
-
-
-def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
-    """Share of the outliers by the true pre-activations that the site's guard corrects on ``x``.
-
-    The truth is what the same guard picks without its predictor; where the capacity truncates, the
-    true top ``capacity``. 1 for a site without predictor.
-
-    Args:
-        site: The FFN and its guard.
-        x: Inputs [..., d].
-    """
-    truth = replace(site, predictor_kind="none", predictor=[])
-    return recall(choose(site, x)[1], choose(truth, x)[1])

@@ -1,0 +1,126 @@
+"""Running a model over text with observers in its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
+from nbl_compiler.config import Config
+from nbl_compiler.distributed import fail_together
+from nbl_compiler.errors import NBLError
+from nbl_compiler.ffn.sites import FFNSite
+from nbl_compiler.ffn.stages import NeuronStage, Stage
+from nbl_compiler.observe import Observation, Observer
+from nbl_compiler.progress import token_bar
+from nbl_compiler.select import check_selection
+
+
+def observe(
+    model: nn.Module, batches: Iterable[Batch], config: Config, *, progress: bool
+) -> Observation:
+    """Run the first pass: moments of attention sites, and of the neurons of FFN sites."""
+    ffn = config.ffn
+    begin: Callable[[FFNSite], Stage | None] | None = None
+    if ffn is not None:
+        ranges = ffn.guard == "exact"
+
+        def begin(site: FFNSite) -> Stage | None:
+            return NeuronStage(site, ranges=ranges and not site.weights.gated)
+
+    observer = Observer(config, attention=config.attention is not None, begin_ffn=begin)
+
+    def check() -> None:
+        if config.attention is not None and observer.site_names:
+            check_selection(observer.site_names, config.attention)
+        if ffn is not None and observer.ffn_names:
+            check_selection(observer.ffn_names, ffn)
+
+    return _run(model, batches, observer, "calibrating", progress, check)
+
+
+def observe_again(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    stages: Mapping[str, Stage],
+    *,
+    progress: bool,
+) -> None:
+    """Run a further pass, with one stage for each of some FFN sites."""
+    observer = Observer(config, attention=False, begin_ffn=lambda site: stages.get(site.name))
+    _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
+    for stage in stages.values():
+        stage.merge_across_processes()
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    observer: Observer,
+    title: str,
+    progress: bool,
+    check: Callable[[], None],
+) -> Observation:
+    """Run the model over the batches; if that fails, it fails in every process."""
+    error = None
+    try:
+        _run_batches(model, batches, observer, title, progress, check)
+        observation = observer.finish()
+    except NBLError as failure:
+        error = failure
+    finally:
+        observer.release()
+    fail_together(error)
+    return observation
+
+
+def _run_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    observer: Observer,
+    title: str,
+    progress: bool,
+    check: Callable[[], None],
+) -> None:
+    compiled = torch.compile(_private_forward(model), backend=observer.backend, dynamic=None)
+    cheap = cheap_arguments(model)
+    device = device_of(model)
+    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    with torch.no_grad(), _many_shapes(), token_bar(total, title, progress) as advance:
+        for number, batch in enumerate(batches):
+            inputs = model_inputs(model, batch, device)
+            observer.start_batch(inputs)
+            compiled(**{**cheap, **inputs})
+            if number == 0:
+                check()  # a wrong request ends here, not after the last batch
+            advance(observer.batch_tokens)
+
+
+def _private_forward(model: nn.Module) -> Callable[..., Any]:
+    """Return a function with a code object of its own, which runs the model.
+
+    Dynamo keeps compiled code with the code object of what it compiled. Kept with the model's
+    ``forward``, the graphs of calibration would outlive it, and would count towards the limit
+    after which Dynamo no longer compiles that method.
+    """
+
+    def forward(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    forward.__code__ = forward.__code__.replace(co_name="nbl_calibration")
+    return forward
+
+
+def _many_shapes() -> Any:
+    """Allow one compiled graph a batch shape: text comes in many lengths."""
+    return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's weights are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
