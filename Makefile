@@ -42,7 +42,7 @@ bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration
 	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
 
 bench-speed: $(STAMP)  ## Prefill and decode against dense Inductor, random weights in the shape of Qwen2.5-0.5B
-	$(BIN)/python benchmarks/attention_speed.py
+	$(BIN)/python benchmarks/model_speed.py
 
 bench-calibration: $(STAMP)  ## Calibration throughput and memory
 	$(BIN)/python benchmarks/calibration_cost.py

@@ -17,9 +17,12 @@ from nbl_compiler.config import FFN, Attention, Config
 if TYPE_CHECKING:
     from nbl_compiler.calibration import calibrate
     from nbl_compiler.explanation import Report, explain
+    from nbl_compiler.guard_counters import GuardCounts
+    from nbl_compiler.guards import guard_counts, guard_recall, reset_guard_counts
     from nbl_compiler.kv_cache import cache, cache_bytes
     from nbl_compiler.plan import Plan, Site
     from nbl_compiler.registry import attach
+    from nbl_compiler.resident import Released, release, resident_bytes
 
 __version__ = "0.1.0"
 
@@ -31,14 +34,23 @@ _HOMES = {
     "cache_bytes": "nbl_compiler.kv_cache",
     "calibrate": "nbl_compiler.calibration",
     "explain": "nbl_compiler.explanation",
+    "guard_counts": "nbl_compiler.guards",
+    "guard_recall": "nbl_compiler.guards",
+    "GuardCounts": "nbl_compiler.guard_counters",
+    "release": "nbl_compiler.resident",
+    "Released": "nbl_compiler.resident",
     "Report": "nbl_compiler.explanation",
+    "reset_guard_counts": "nbl_compiler.guards",
+    "resident_bytes": "nbl_compiler.resident",
 }
 
 __all__ = [
     "FFN",
     "Attention",
     "Config",
+    "GuardCounts",
     "Plan",
+    "Released",
     "Report",
     "Site",
     "__version__",
@@ -48,6 +60,11 @@ __all__ = [
     "calibrate",
     "errors",
     "explain",
+    "guard_counts",
+    "guard_recall",
+    "release",
+    "reset_guard_counts",
+    "resident_bytes",
 ]
 
 

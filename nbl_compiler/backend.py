@@ -15,6 +15,7 @@ from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
 from nbl_compiler.errors import InferenceOnlyError, StrictError
+from nbl_compiler.generate import run_compiled_in_generate
 from nbl_compiler.graph_report import REWRITING, GraphReport
 from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.lowering.lower import Compiled, lower
@@ -28,6 +29,7 @@ from nbl_compiler.passes.sites import AttentionMatch, load_linearized, load_matc
 from nbl_compiler.passes.upstream import upstream_weights
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.plan_file import load_shared
+from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.user_errors import reported_by_dynamo
 
 _NO_PLAN = (
@@ -71,19 +73,22 @@ def _compile(
     if plan is None or not plan.rewritten:
         if dump is not None:
             dump.summary(graph_module)
+        refuse_released(example_inputs, "a model without this plan")
         return lower(graph_module, example_inputs, options.lowering, patches)
     _require_inference(example_inputs)
     guard_on_weights(graph_module)
     graph_module = private_copy(graph_module)
     weights = _weights(graph_module, example_inputs)
     before = graph_cost(graph_module) if options.report is not None else None
-    runs = run_pipeline(build_pipeline(plan), graph_module, dump)
+    runs = run_pipeline(build_pipeline(plan, options.lowering), graph_module, dump)
     if options.report is not None and before is not None:
         options.report(GraphReport(tuple(runs), before, graph_cost(graph_module)))
     if dump is not None:
         dump.summary(graph_module)
     _check_sites(graph_module, runs, plan, options.strict)
     _check_weights(graph_module, weights, plan)
+    read = (weights.get(n.name) for n in graph_module.graph.nodes if is_weight(n) and n.users)
+    refuse_released(read, "this graph")
     lifted = lifted_tensors(graph_module)
     nodes = graph_module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
     fakes = [node.meta["example_value"] for node in nodes]
@@ -202,3 +207,6 @@ def _warn_once(text: str) -> None:
 
 class NBLWarning(UserWarning):
     """Something works, but not as the user may expect."""
+
+
+run_compiled_in_generate(nbl)

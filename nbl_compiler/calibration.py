@@ -27,6 +27,7 @@ from nbl_compiler.observe import Observation
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.registry import attach
+from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites
 from nbl_compiler.text_pass import device_of, observe, observe_again
 
@@ -195,7 +196,7 @@ def _fit_ffns(
     first = {n: s for n, s in observation.ffn.stages.items() if isinstance(s, NeuronStage)}
 
     def run_pass(stages: Mapping[str, Stage]) -> None:
-        observe_again(model, batches, config, stages, progress=progress)
+        observe_again(model, batches, config, lambda site: stages.get(site.name), progress=progress)
 
     sites = observation.ffn.sites
     fits = fit_ffns(sites, first, config.ffn, config.ridge, run_pass)
@@ -218,6 +219,7 @@ def _check_request(model: nn.Module, config: Config) -> None:
         raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
     if any(module.training for module in (model, *_dropouts(model))):
         raise InferenceOnlyError("the model is in training mode; call model.eval() first")
+    refuse_released(model.parameters(), "calibration")
     for name, weight in model.named_parameters():
         computes = weight.is_floating_point() or weight.is_complex()
         if computes and weight.dtype not in SUPPORTED_DTYPES:

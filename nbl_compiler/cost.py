@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
+from nbl_compiler.lowering.guarded_ffn import unpack_arguments
+from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
+from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.passes.graph_tools import example_value, is_call, projection_input
 
 _ATTENTION = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
@@ -30,11 +35,13 @@ class Work:
         node: Its name.
         flops: Floating-point operations.
         bytes: Bytes read and written.
+        streamed: Whether it runs as ``streamed_linear``, at another bandwidth.
     """
 
     node: str
     flops: int
     bytes: int
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,19 @@ class Machine:
     Args:
         bytes_per_second: Reading weights in a matrix-vector product.
         flops_per_second: In a large matrix product.
+        streamed_bytes_per_second: Reading weights in ``streamed_linear``.
     """
 
     bytes_per_second: float
     flops_per_second: float
+    streamed_bytes_per_second: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Return the roofline time of one node."""
+        rate = self.bytes_per_second
+        if work.streamed and self.streamed_bytes_per_second:
+            rate = self.streamed_bytes_per_second
+        return max(work.flops / self.flops_per_second, work.bytes / rate)
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,7 @@ class Cost:
 
     def seconds(self, machine: Machine) -> float:
         """Return the roofline time of the graph on a machine."""
-        return sum(
-            max(w.flops / machine.flops_per_second, w.bytes / machine.bytes_per_second)
-            for w in self.work
-        )
+        return sum(map(machine.seconds, self.work))
 
 
 def graph_cost(graph_module: GraphModule) -> Cost:
@@ -80,6 +93,8 @@ def graph_cost(graph_module: GraphModule) -> Cost:
 
 
 def _work(node: Node) -> Work | None:
+    if is_call(node, {torch.ops.nbl.guarded_ffn.default}):
+        return _guarded_work(node)
     out = example_value(node)
     if not isinstance(out, Tensor):
         return None
@@ -95,11 +110,33 @@ def _work(node: Node) -> Work | None:
         if is_call(node, {torch.addmm, torch.baddbmm}) and len(operands) == 3:
             inner = _int(operands[1].shape[-1])
         return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
+    if is_call(node, {streamed_linear}):
+        return Work(node.name, 2 * _int(out.numel()) * _int(operands[0].shape[-1]),
+                    _traffic(operands, out), streamed=True)  # fmt: skip
     if is_call(node, {F.embedding}):
         return Work(node.name, 0, 2 * _bytes(out))
     if is_call(node, (), _COPIES) and _copies(node, operands, out):
         return Work(node.name, 0, _traffic(operands, out))
     return None
+
+
+def _guarded_work(node: Node) -> Work:
+    """A guarded FFN: the fold, the predictor, and the rows that the capacity gathers."""
+    values: Any = map_arg(node.args, example_value)  # type: ignore[arg-type]
+    x, site = values[0], unpack_arguments(tuple(values[1:]))
+    tokens = _int(prod(x.shape[:-1]))
+    projections = [w for w in (site.gate, site.up) if w is not None]
+    whole = site.predictor_kind == "none" or tokens > GATHER_TOKENS
+    few = tokens <= GATHER_TOKENS
+    rows = site.selected * tokens if few else site.neurons
+    gathered = [(*projections, site.down), (site.down,)][site.predictor_kind == "none" and few]
+    parts = [site.folded, *site.predictor, *(projections if whole and few else ())]
+    size = site.down.element_size()
+    read = sum(map(_bytes, parts)) + sum(rows * _int(w.shape[1]) * size for w in gathered)
+    per_token = sum(p.numel() for p in parts) + sum(
+        (site.selected if few else site.neurons) * _int(w.shape[1]) for w in gathered
+    )
+    return Work(node.name, 2 * tokens * int(per_token), read + 2 * _bytes(x), streamed=few)
 
 
 def _copies(node: Node, operands: list[Tensor], out: Tensor) -> bool:
@@ -126,11 +163,16 @@ def _int(size: object) -> int:
 
 
 def measure_machine(repeats: int = 5) -> Machine:
-    """Measure this machine's rates with PyTorch's own linear layers (float32, CPU; ~1 s)."""
+    """Measure this machine's rates, of both kinds of linear layers (float32, CPU; seconds)."""
     from nbl_compiler.timing import median_seconds
 
     weight = torch.randn(8192, 4096)
     vector, block = torch.randn(1, 4096), torch.randn(256, 4096)
     slow = median_seconds(lambda: F.linear(vector, weight), repeats)
     fast = median_seconds(lambda: F.linear(block, weight), repeats)
-    return Machine(weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast)
+    streamed = torch.compile(streamed_linear, dynamic=False)
+    streamed(vector, weight)
+    quick = median_seconds(lambda: streamed(vector, weight), repeats)
+    return Machine(
+        weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast, weight.nbytes / quick
+    )

@@ -42,5 +42,9 @@ class CacheMismatchError(NBLError, RuntimeError):
     """A cache built by ``nbl.cache`` was used by a model that does not run its plan."""
 
 
+class WeightsReleasedError(NBLError, RuntimeError):
+    """Weights are needed that ``nbl.release`` let go of."""
+
+
 class ToolchainError(NBLError, RuntimeError):
     """Something that lowering needs is missing from the machine (a C++ compiler, say)."""

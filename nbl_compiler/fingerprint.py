@@ -72,6 +72,12 @@ def sketch(weight: Tensor) -> Sketch:
     return result
 
 
+def remember_sketch(weight: Tensor, known: Sketch) -> None:
+    """Go on recognising a weight whose values are about to be, or were, let go of."""
+    version = 0 if weight.is_inference() else weight._version
+    _cache[weight] = ((version, weight.data_ptr(), weight.dtype), known)
+
+
 def _compute(weight: Tensor) -> Sketch:
     rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim > 1 else weight.reshape(1, -1)
     if rows.dtype not in (torch.float32, torch.float64):

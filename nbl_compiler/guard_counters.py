@@ -42,6 +42,14 @@ class GuardCounts:
         """Share of tokens on the dense path; 0 without tokens."""
         return self.dense_tokens / self.tokens if self.tokens else 0.0
 
+    def __add__(self, other: GuardCounts) -> GuardCounts:
+        return GuardCounts(
+            self.tokens + other.tokens,
+            self.outliers + other.outliers,
+            max(self.most_outliers, other.most_outliers),
+            self.dense_tokens + other.dense_tokens,
+        )
+
 
 def new_counters(device: torch.device | str = "cpu") -> Tensor:
     """Return counters at zero: int64 [4] on ``device``."""

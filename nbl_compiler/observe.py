@@ -117,7 +117,7 @@ class Observer:
         self._attention = attention
         self._use_residual = config.attention is not None and config.attention.input == "residual"
         self._rows = RowChooser(config.holdout, config.seed)
-        self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn, _naming)
+        self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn)
         self._sites: dict[str, _SiteObserver] = {}
         self._rejected: dict[str, Rejected] = {}
 

@@ -6,7 +6,6 @@ y = down(h)      becomes      y = down(h);  observe(x, h, y)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -25,19 +24,16 @@ from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.rows import RowChooser
 
-Naming = Callable[[str], AbstractContextManager[None]]
-
 
 class FFNObservers:
     """The observers of all FFN sites during one pass.
 
     Args:
         begin: Makes the stage of a site when it is first seen, or returns None to pass it over.
-        naming: Puts a site's name into the errors raised inside.
     """
 
-    def __init__(self, begin: Callable[[FFNSite], Stage | None], naming: Naming) -> None:
-        self._begin, self._naming = begin, naming
+    def __init__(self, begin: Callable[[FFNSite], Stage | None]) -> None:
+        self._begin = begin
         self.sites: dict[str, FFNSite] = {}
         self.stages: dict[str, Stage] = {}
         self.rejected: dict[str, Rejected] = {}
@@ -72,10 +68,9 @@ class FFNObservers:
         def observe(x: Tensor, hidden: Tensor, y: Tensor) -> None:
             parts = [t.detach().reshape(-1, t.shape[-1]) for t in (x, hidden, y)]
             rows = FFNRows(*parts)
-            with self._naming(name):
-                for held, chosen in enumerate(chooser.split(name, x)):
-                    if chosen.numel():
-                        stage.add(rows.select(chosen), held=bool(held))
+            for held, chosen in enumerate(chooser.split(name, x)):
+                if chosen.numel():
+                    stage.add(rows.select(chosen), held=bool(held))
 
         with graph_module.graph.inserting_after(found.output):
             graph_module.graph.call_function(

@@ -175,6 +175,19 @@ class Plan:
         """Return the counters of a guarded site on a device (``nbl_compiler.guard_counts``)."""
         return self.remember((site, "counters", device), lambda: new_counters(device))
 
+    def all_counters(self) -> list[tuple[str, Tensor]]:
+        """Return (site name, counters) for every guarded site and device in use."""
+        return [(key[0], value) for key, value in self._made.items() if key[1] == "counters"]
+
+    def live_tensors(self) -> list[Tensor]:
+        """Return every tensor that the plan holds, copies for compiled graphs included."""
+        made: list[Tensor] = [*self.tensors().values(), *self._cast.values()]
+        for value in self._made.values():
+            parts = [value] if isinstance(value, Tensor) else list(vars(value).values())
+            for part in parts:
+                made += [t for t in (part if isinstance(part, list) else [part]) if _is_tensor(t)]
+        return made
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file with a JSON header, atomically.
 
@@ -204,6 +217,10 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # immutable: a deep-copied model may share it
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def to_json(value: Any) -> Any:

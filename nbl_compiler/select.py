@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,10 @@ def decide_ffn(
     """
     able = {fit.name: fit.holdout_nmse for fit in fits if not fit.refusal}
     every = {fit.name: fit.holdout_nmse for fit in fits}
-    # Indices count all matched sites, also those that this form cannot fold.
+    # Indices and `count` are about all matched sites, also those that this form cannot fold.
+    check_selection(list(every), options)
+    if options.count is not None:
+        options = replace(options, count=min(options.count, len(able)))
     pool = able if options.layers is None else every
     chosen = choose(pool, best_first(able), options, "nmse")
     sites = []

@@ -32,7 +32,7 @@ class Contender:
         forward: The compiled model.
         make_cache: Builds an empty static cache of a length.
         reports: What the backend reported for each graph it compiled (nbl only).
-        compile_seconds: First call minus a later one, summed over the graphs compiled so far.
+        compile_seconds: What the calls that compiled took longer than a later one, summed.
     """
 
     name: str
@@ -41,13 +41,20 @@ class Contender:
     reports: list[GraphReport] = field(default_factory=list)
     compile_seconds: float = 0.0
 
-    def first_call(self, call: Callable[[], object]) -> None:
-        """Run a call twice and book what the first one took longer as compile time."""
-        started = time.perf_counter()
-        call()
-        middle = time.perf_counter()
-        call()
-        self.compile_seconds += max(2 * middle - started - time.perf_counter(), 0.0)
+    def first_calls(self, call: Callable[[], object], count: int = 1) -> None:
+        """Make the calls that compile, and one more; book what the former took longer.
+
+        Args:
+            call: What will be timed.
+            count: How many calls compile something: two where lengths that are kept in Python (of
+                sliding windows) are compiled as constants first.
+        """
+        seconds = []
+        for _ in range(count + 1):
+            started = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started)
+        self.compile_seconds += max(sum(seconds[:-1]) - count * seconds[-1], 0.0)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def prefill(
     calls = {}
     for contender in pair:
         calls[contender.name] = _prefill_call(contender, ids)
-        contender.first_call(calls[contender.name])
+        contender.first_calls(calls[contender.name])
     times = interleaved(calls, repeats)
     return SpeedRow("prefill", length, times["dense"], times["nbl"], _predict(pair[1], machine))
 
@@ -155,9 +162,7 @@ def decode(
     for contender in pair:
         kv = contender.make_cache(context + 2 * steps + 2)
         calls[contender.name] = _decode_call(contender, kv, token, context, steps)
-        # two calls: the sliding-window layers' Python lengths turn symbolic in the second
-        calls[contender.name]()
-        contender.first_call(calls[contender.name])
+        contender.first_calls(calls[contender.name], count=2)
         sizes.append(cache_bytes(kv))
     times = interleaved(calls, repeats)
     per_token = {k: Timing(tuple(r / steps for r in t.runs)) for k, t in times.items()}

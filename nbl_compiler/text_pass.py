@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,14 +47,15 @@ def observe_again(
     model: nn.Module,
     batches: Iterable[Batch],
     config: Config,
-    stages: Mapping[str, Stage],
+    begin: Callable[[FFNSite], Stage | None],
     *,
     progress: bool,
 ) -> None:
-    """Run a further pass, with one stage for each of some FFN sites."""
-    observer = Observer(config, attention=False, begin_ffn=lambda site: stages.get(site.name))
-    _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
-    for stage in stages.values():
+    """Run a further pass over the FFN sites for which ``begin`` returns a stage."""
+    observer = Observer(config, attention=False, begin_ffn=begin)
+    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
+    assert seen.ffn is not None
+    for stage in seen.ffn.stages.values():
         stage.merge_across_processes()
 
 

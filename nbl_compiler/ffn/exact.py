@@ -78,15 +78,17 @@ def fit_exact(
         for name, site in sites.items()
         if site.weights.gated
     ]
+    if not plain:
+        return refused
     states = _start(plain, first, options)
-    trial = {n: _error_stage(s) for n, s in states.items()}
+    trial = {n: ErrorStage(s.guarded, s.kept_weights) for n, s in states.items()}
     if options.capacity is None:
         run_pass(trial)
         for name, state in states.items():
             needed = trial[name].needed_capacity(WITHIN_CAPACITY)
             capacity = rounded_capacity(needed, state.guarded.neurons)
             state.guarded = replace(state.guarded, capacity=capacity)
-    errors = {n: _error_stage(s) for n, s in states.items()}
+    errors = {n: ErrorStage(s.guarded, s.kept_weights) for n, s in states.items()}
     run_pass(errors)
     return refused + [_finish(state, errors[name]) for name, state in states.items()]
 
@@ -178,10 +180,6 @@ def _as_stored(weights: FFNWeights, fit: AffineFit, low: Tensor, high: Tensor) -
     low, high = low.double(), high.double()
     error = max_affine_error(activation(weights.activation), low, high, slope, intercept)
     return AffineFit(low, high, slope, intercept, error)
-
-
-def _error_stage(state: _Fitting) -> ErrorStage:
-    return ErrorStage(state.guarded, state.guarded, state.kept_weights)
 
 
 def _finish(state: _Fitting, error: ErrorStage) -> FFNFit:

@@ -68,7 +68,7 @@ def fit_predicted(
     run_pass(targets)
     for name, state in states.items():
         state.guarded = _fit_map(state.guarded, targets[name], ridge)
-    errors = {n: _error_stage(s) for n, s in states.items()}
+    errors = {n: ErrorStage(s.guarded, s.kept_weights) for n, s in states.items()}
     run_pass(errors)
     return [_finish(state, errors[name]) for name, state in states.items()]
 
@@ -102,13 +102,6 @@ def _fit_map(guarded: GuardedFFN, targets: TargetStage, ridge: Ridge) -> Guarded
         prior=fold_slopes(guarded)[0],
     )
     return replace(guarded, folded=fit.weight.float(), folded_bias=fit.bias.float())
-
-
-def _error_stage(state: _Fitting) -> ErrorStage:
-    truth = state.guarded
-    if truth.predictor_kind != "none":
-        truth = replace(truth, predictor_kind="none", predictor=[])
-    return ErrorStage(state.guarded, truth, state.kept_weights)
 
 
 def _finish(state: _Fitting, error: ErrorStage) -> FFNFit:

@@ -131,20 +131,18 @@ class ErrorStage:
     """Final pass of a guarded form: its error, and what the guard does.
 
     ``errors`` and ``totals`` hold Σ‖ŷ − y‖² and (Σ‖y‖², Σy, n), for training and held-out tokens;
-    ``outliers`` counts tokens by their number of flagged neurons; ``found`` and ``true`` count
-    outliers that the guard corrects, and outliers by the true pre-activations.
+    ``outliers`` counts tokens by their number of flagged neurons.
     """
 
-    def __init__(self, guarded: GuardedFFN, truth: GuardedFFN, kept: FFNWeights) -> None:
-        self._guarded, self._truth, self._kept = guarded, truth, kept
+    def __init__(self, guarded: GuardedFFN, kept: FFNWeights) -> None:
+        self._guarded, self._kept = guarded, kept
         o = guarded.down.shape[1]
         self.errors = torch.zeros(2, dtype=torch.float64)
         self.squares = torch.zeros(2, dtype=torch.float64)
         self.sums = torch.zeros(2, o, dtype=torch.float64)
         self.tokens = torch.zeros(2, dtype=torch.float64)
         self.outliers = torch.zeros(guarded.neurons + 1, dtype=torch.float64)
-        self.found = torch.zeros(1, dtype=torch.float64)
-        self.true = torch.zeros(1, dtype=torch.float64)
+        self._recall = RecallStage(guarded) if guarded.predictor_kind != "none" else None
 
     def add(self, rows: FFNRows, *, held: bool) -> None:
         x, side = _wide(rows.x), int(held)
@@ -159,15 +157,13 @@ class ErrorStage:
         self.tokens[side] += y.shape[0]
         counts = torch.bincount(made.outliers.long(), minlength=self.outliers.numel())
         self.outliers += counts.double().cpu()
-        if self._truth is not self._guarded:
-            wanted = choose(self._truth, x)[1]
-            self.found += (choose(self._guarded, x)[1] & wanted).sum().cpu()
-            self.true += wanted.sum().cpu()
+        if self._recall is not None:
+            self._recall.add(rows, held=held)
 
     def merge_across_processes(self) -> None:
-        all_sum(
-            self.errors, self.squares, self.sums, self.tokens, self.outliers, self.found, self.true
-        )
+        all_sum(self.errors, self.squares, self.sums, self.tokens, self.outliers)
+        if self._recall is not None:
+            self._recall.merge_across_processes()
 
     def nmse(self, *, held: bool) -> float:
         """E‖ŷ − y‖² / E‖y − E y‖²; NaN without tokens."""
@@ -184,12 +180,36 @@ class ErrorStage:
     @property
     def recall(self) -> float:
         """Share of the true outliers that the guard corrects; 1 without a predictor."""
-        return float(self.found / self.true) if float(self.true) else 1.0
+        return 1.0 if self._recall is None else self._recall.recall
 
     def needed_capacity(self, share: float) -> int:
         """The least number of outliers that ``share`` of the tokens do not exceed."""
         reached = self.outliers.cumsum(0) >= share * self.outliers.sum()
         return int(reached.double().argmax())
+
+
+class RecallStage:
+    """How many of the outliers by the true pre-activations a guard puts right."""
+
+    def __init__(self, guarded: GuardedFFN) -> None:
+        self._guarded = guarded
+        self._truth = replace(guarded, predictor_kind="none", predictor=[])
+        self.found = torch.zeros(1, dtype=torch.float64)
+        self.true = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, rows: FFNRows, *, held: bool) -> None:
+        x = _wide(rows.x)
+        wanted = choose(self._truth, x)[1]
+        self.found += (choose(self._guarded, x)[1] & wanted).sum().cpu()
+        self.true += wanted.sum().cpu()
+
+    def merge_across_processes(self) -> None:
+        all_sum(self.found, self.true)
+
+    @property
+    def recall(self) -> float:
+        """Share of the true outliers that are corrected; 1 if there are none."""
+        return float(self.found / self.true) if float(self.true) else 1.0
 
 
 def _wide(x: Tensor) -> Tensor:

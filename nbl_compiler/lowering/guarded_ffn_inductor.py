@@ -31,6 +31,7 @@ from nbl_compiler.lowering.guarded_site import (
     split_rows,
 )
 from nbl_compiler.lowering.predictors import BITS_OF_KIND, Prediction, certified_slack
+from nbl_compiler.lowering.streamed_linear import streamed_product
 
 GATHER_TOKENS = 8
 """Most tokens that gather rows each for themselves. Measured at d 896 and f 4,864: from 16 tokens
@@ -78,9 +79,7 @@ def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """x rowsᵀ + bias: [tokens, d] and [n, d] to [tokens, n]."""
     if x.shape[0] > GATHER_TOKENS:
         return F.linear(x, rows.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    # [n, tokens, d]: a row of the matrix is read once and stays in cache for all tokens.
-    value = (rows.to(x.dtype)[:, None] * x).sum(-1).t()
-    return value if bias is None else value + bias.to(x.dtype)
+    return streamed_product(x, rows, bias)
 
 
 def fused_prediction(kind: str, tensors: Sequence[Tensor], x: Tensor) -> Prediction:

@@ -18,13 +18,13 @@ from torch.fx import GraphModule, Node
 from nbl_compiler.passes.graph_tools import (
     Topology,
     argument,
-    example_value,
     is_call,
     is_floating,
     is_weight,
     module_path,
     projection_input,
 )
+from nbl_compiler.passes.hidden_state import ends_walk
 
 _SDPA = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
 _SOFTMAX = frozenset({torch.softmax, F.softmax, torch.special.softmax})
@@ -95,11 +95,7 @@ def _is_projection(node: Node) -> bool:
 
 def _is_projected(mask: Node, topology: Topology) -> bool:
     """Tell whether a mask's values come from a projection (its sizes may, in any mask)."""
-
-    def stop(node: Node) -> bool:
-        return _is_projection(node) or not isinstance(example_value(node), torch.Tensor)
-
-    return any(map(_is_projection, topology.backward(mask, stop)))
+    return any(map(_is_projection, topology.backward(mask, stop=ends_walk)))
 
 
 def _is_product(node: Node) -> bool:
@@ -122,7 +118,7 @@ def _eager_anchor(node: Node, topology: Topology) -> Anchor | None:
         return None
     mixed, weights = product
     value = next((n for n in mixed.all_input_nodes if n is not weights), None)
-    behind = topology.backward(scores, stop=lambda n: _is_product(n) or _is_projection(n))
+    behind = topology.backward(scores, stop=lambda n: _is_product(n) or ends_walk(n))
     products = [scores] if _is_product(scores) else [n for n in behind if _is_product(n)]
     if value is None or not products:
         return None

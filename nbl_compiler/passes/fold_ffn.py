@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
@@ -32,6 +32,7 @@ from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.passes.site_lookup import find_ffn_site
 from nbl_compiler.plan import Plan, Site
+from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.solvers.folding import FFNWeights
 
 
@@ -71,7 +72,9 @@ def rewrite(graph_module: GraphModule, match: FFNMatch, site: Site, plan: Plan) 
     assert isinstance(target, Tensor)
     weights = ffn_weights(match, parameter_value)
     _check(site, match, like, target, weights)
-    source = _Source(graph_module, site, plan, weights, like)
+    source = _Source(
+        graph_module, site, plan, weights, tuple(map(parameter_value, match.weights)), like
+    )
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "fold_ffn"}}
     graph = graph_module.graph
     with graph.inserting_before(match.output.next):
@@ -94,6 +97,7 @@ class _Source:
     site: Site
     plan: Plan
     weights: FFNWeights | None
+    parameters: tuple[nn.Parameter | None, ...]
     like: Tensor
 
     def lift(self, name: str, make: Callable[[], Tensor]) -> Node:
@@ -108,8 +112,13 @@ class _Source:
 
     @property
     def dense(self) -> FFNWeights:
-        """The model's own weights."""
+        """The model's own weights.
+
+        Raises:
+            WeightsReleasedError: if they were released for another plan.
+        """
         assert self.weights is not None
+        refuse_released(self.parameters, f"folding {self.site.name} by this plan")
         return self.weights
 
     @property

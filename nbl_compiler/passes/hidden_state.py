@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from nbl_compiler.passes.graph_tools import (
     Topology,
+    example_value,
     is_call,
     is_cast,
     is_floating,
@@ -85,13 +86,22 @@ def find_hidden(operands: Mapping[str, Node], topology: Topology) -> HiddenState
     return HiddenState(inputs.pop(), tuple(ordered))
 
 
+def ends_walk(node: Node) -> bool:
+    """Tell whether a walk back from an operand ends here: at projections, and at sizes.
+
+    With symbolic shapes the sizes of views are read from other tensors; no values come from there.
+    """
+    sizes = isinstance(example_value(node), torch.Size | torch.SymInt | int)
+    return sizes or projection_input(node) is not None
+
+
 def _roots(start: Node, topology: Topology, *, through_residual: bool = True) -> _Roots:
     """Walk back from ``start`` to the nearest projections (``start`` itself may be one)."""
     own_source = projection_input(start)
     if own_source is not None:
         return _Roots(frozenset({skip_views_back(own_source)}), frozenset({start}), False)
     inputs, projections, crossed = set(), set(), False
-    for node in topology.backward(start, stop=lambda n: projection_input(n) is not None):
+    for node in topology.backward(start, stop=ends_walk):
         source = projection_input(node)
         if source is not None:
             inputs.add(skip_views_back(source))
@@ -136,7 +146,7 @@ def _bare_hidden(operand: Node, hidden: Node, topology: Topology) -> Node | None
     """Return a hidden state that reaches the operand around every projection, if there is one."""
     if projection_input(operand) is not None:  # one head: nothing lies in between
         return None
-    cone = topology.backward(operand, stop=lambda n: projection_input(n) is not None)
+    cone = topology.backward(operand, stop=ends_walk)
     width = shape_of(hidden)
     for node in cone:
         if projection_input(node) is not None:

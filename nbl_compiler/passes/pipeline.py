@@ -18,12 +18,13 @@ from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.linearize_attention import LinearizeAttention
 from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.match_ffn import MatchFFN
+from nbl_compiler.passes.stream_products import StreamProducts
 from nbl_compiler.plan import Plan
 
 
-def build_pipeline(plan: Plan) -> tuple[Pass, ...]:
-    """Return the passes in their order for one plan."""
-    return (
+def build_pipeline(plan: Plan, lowering: str = "eager") -> tuple[Pass, ...]:
+    """Return the passes in their order for one plan and one way of lowering."""
+    passes: tuple[Pass, ...] = (
         Canonicalize(),
         MatchAttention(),
         LinearizeAttention(plan),
@@ -32,6 +33,7 @@ def build_pipeline(plan: Plan) -> tuple[Pass, ...]:
         FoldFFN(plan),
         CleanUp(),
     )
+    return (*passes, StreamProducts()) if lowering == "inductor" else passes
 
 
 @dataclass(frozen=True)
