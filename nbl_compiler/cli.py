@@ -44,12 +44,24 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     batch: Annotated[int, typer.Option(help="Rows a batch.")] = 4,
-    count: Annotated[int | None, typer.Option(help="Replace the best COUNT layers.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Replace these, such as 3,5,8.")] = None,
+    attention: Annotated[bool, typer.Option(help="Linearize attention layers.")] = True,
+    count: Annotated[int | None, typer.Option(help="Linearize the best COUNT layers.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Linearize these, such as 3,5,8.")] = None,
     max_nmse: Annotated[float | None, typer.Option(help="Leave layers with more error.")] = None,
     rank_by: Annotated[str, typer.Option(help="nmse, loss or cca.")] = "nmse",
     input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
     ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
+    ffn: Annotated[bool, typer.Option("--ffn", help="Fold FFNs, too.")] = False,
+    ffn_count: Annotated[int | None, typer.Option(help="Fold the best COUNT FFNs.")] = None,
+    ffn_layers: Annotated[str | None, typer.Option(help="Fold these, such as 3,5,8.")] = None,
+    ffn_max_nmse: Annotated[float | None, typer.Option(help="Leave FFNs with more error.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the neurons that stay dense.")] = 0.25,
+    guard: Annotated[str, typer.Option(help="off, predicted or exact.")] = "off",
+    capacity: Annotated[float | None, typer.Option(help="Most outliers, a share.")] = None,
+    coverage: Annotated[float, typer.Option(help="In-range target, guard exact.")] = 0.9,
+    predictor: Annotated[
+        str, typer.Option(help="auto, none, low_rank, quantized_8, quantized_4 or quantized_2.")
+    ] = "auto",
     dtype: Dtype = "float32",
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -57,13 +69,16 @@ def calibrate(
 ) -> None:
     """Calibrate a model on text and write the plan."""
     from nbl_compiler.calibration import calibrate as run
-    from nbl_compiler.config import Attention, Config
+    from nbl_compiler.config import FFN, Attention, Config
     from nbl_compiler.models import load_causal
     from nbl_compiler.text import TextSource, token_batches
 
-    chosen = tuple(_layer(item) for item in layers.split(",")) if layers else None
-    attention = Attention(count, chosen, max_nmse, rank_by, input)  # type: ignore[arg-type]
-    config = Config(attention, ridge=_ridge(ridge))
+    linearize = Attention(count, _layers(layers), max_nmse, rank_by, input)  # type: ignore[arg-type]
+    fold = FFN(
+        ffn_count, _layers(ffn_layers), ffn_max_nmse, keep, guard, capacity, coverage, predictor,  # type: ignore[arg-type]
+    )  # fmt: skip
+    asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
+    config = Config(linearize if attention else None, fold if asked else None, _ridge(ridge))
     if not plan.parent.is_dir():
         raise ConfigError(f"the folder {plan.parent} does not exist")
     loaded, tokenizer = load_causal(model, dtype, device)
@@ -212,6 +227,8 @@ def bench(
 def demo(
     model: Annotated[str, typer.Option(help="Any folder or hub id.")] = "gemma-3-270m",
     count: Annotated[int, typer.Option(help="Attention layers to linearize.")] = 4,
+    ffn_count: Annotated[int, typer.Option(help="FFNs to fold.")] = 4,
+    keep: Annotated[float, typer.Option(help="Share of their neurons that stay dense.")] = 0.5,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16_384,
     plan: Annotated[Path | None, typer.Option(help="Also write the plan here.")] = None,
     as_json: Json = False,
@@ -220,7 +237,8 @@ def demo(
     from nbl_compiler import demo as show
 
     result = show.run(
-        show.DemoOptions(model=model, count=count, tokens=tokens), progress=not as_json
+        show.DemoOptions(model=model, count=count, ffn_count=ffn_count, keep=keep, tokens=tokens),
+        progress=not as_json,
     )
     if plan is not None:
         result.plan.save(plan)
@@ -230,6 +248,10 @@ def demo(
         console.print(str(result.plan), highlight=False, markup=False)
         console.print(show.table(result))
         console.print(show.notes(result), highlight=False, markup=False)
+
+
+def _layers(text: str | None) -> tuple[int | str, ...] | None:
+    return tuple(_layer(item) for item in text.split(",")) if text else None
 
 
 def _layer(item: str) -> int | str:

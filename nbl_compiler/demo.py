@@ -11,12 +11,13 @@ from rich.table import Table
 
 from nbl_compiler import speed
 from nbl_compiler.calibration import calibrate
-from nbl_compiler.config import Attention, Config
+from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.cost import measure_machine
 from nbl_compiler.evaluate import evaluation_rows, perplexity
 from nbl_compiler.generate import greedy
 from nbl_compiler.models import load_causal
 from nbl_compiler.plan import Plan
+from nbl_compiler.resident import release, resident_bytes
 from nbl_compiler.text import python_docs_parts, token_batches
 
 PROMPT = "The capital of France is"
@@ -28,6 +29,8 @@ class DemoOptions:
 
     model: str = "gemma-3-270m"
     count: int = 4
+    ffn_count: int = 4
+    keep: float = 0.5
     tokens: int = 16_384
     eval_tokens: int = 4_096
     prefill: int = 512
@@ -45,6 +48,7 @@ class DemoResult:
     eval_tokens: int
     rows: list[speed.SpeedRow]
     parameters: tuple[int, int]
+    resident_bytes: tuple[int, int, int]
     head_parameters: int
     compile_seconds: tuple[float, float]
     text: tuple[str, str]
@@ -62,7 +66,10 @@ def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
     model, tokenizer = load_causal(options.model)
     calibration, held_out = python_docs_parts()
     batches = token_batches(calibration, tokenizer, tokens=options.tokens)
-    config = Config(attention=Attention(count=options.count))
+    config = Config(
+        attention=Attention(count=options.count) if options.count else None,
+        ffn=FFN(count=options.ffn_count, keep=options.keep) if options.ffn_count else None,
+    )
     plan = calibrate(model, batches, config, progress=progress)
     rows = evaluation_rows(held_out, tokenizer, tokens=options.eval_tokens)
     vocabulary = model.config.vocab_size
@@ -82,18 +89,36 @@ def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
         _generate(forward, contender.make_cache, tokenizer, options.new_tokens)
         for forward, contender in ((model, dense), (linearized, nbl))
     ]
+    # Last, since the dense model cannot run any more.
+    held = resident_bytes(model, plan)
+    dense_bytes = resident_bytes(model)
+    freed = release(model, plan).bytes
     return DemoResult(
         model=options.model,
-        layers=f"{len(plan.rewritten)} of {len(plan.sites)} attention layers linearized",
+        layers=_summary(plan, options.keep),
         perplexity=(before.perplexity, after.perplexity),
         eval_tokens=before.tokens,
         rows=measured,
         parameters=speed.parameters_touched(model, plan),
+        resident_bytes=(dense_bytes, held, held - freed),
         head_parameters=_head_parameters(model),
         compile_seconds=seconds,
         text=(texts[0], texts[1]),
         plan=plan,
     )
+
+
+def _summary(plan: Plan, keep: float) -> str:
+    parts = []
+    for kind, what in (
+        ("attention", "attention layers linearized"),
+        ("ffn", f"FFNs folded with {keep:.0%} of their neurons kept"),
+    ):
+        sites = [site for site in plan.sites if site.kind == kind]
+        done = sum(site.decision == "rewritten" for site in sites)
+        if sites:
+            parts.append(f"{done} of {len(sites)} {what}")
+    return ", ".join(parts)
 
 
 def _head_parameters(model: Any) -> int:
@@ -135,6 +160,9 @@ def table(result: DemoResult) -> Table:
             )
     a, b = result.parameters
     shown.add_row("parameters touched per token", f"{a:,}", f"{b:,}", f"{b / a:.3f}×", "")
+    a, b, c = result.resident_bytes
+    shown.add_row("resident bytes, weights and plan", f"{a:,}", f"{b:,}", f"{b / a:.3f}×", "")
+    shown.add_row("… after nbl.release", "", f"{c:,}", f"{c / a:.3f}×", "")
     a_s, b_s = result.compile_seconds
     shown.add_row("compile seconds", f"{a_s:.1f}", f"{b_s:.1f}", f"{b_s / a_s:.2f}×", "")
     return shown

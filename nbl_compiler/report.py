@@ -23,7 +23,12 @@ def plan_table(plan: Plan) -> Table:
     """Return one row a site: decision, errors, parameters before and after, reason."""
     done = len(plan.rewritten)
     title = f"plan for {plan.model or 'a model'}: {done} of {len(plan.sites)} sites rewritten"
-    table = Table(title=title, title_justify="left", caption=f"digest {plan.digest[:16]}")
+    read, stored = _totals(plan)
+    caption = (
+        f"rewritten sites read {read} parameters a token; the plan holds {stored:,} bytes; "
+        f"digest {plan.digest[:16]}"
+    )
+    table = Table(title=title, title_justify="left", caption=caption)
     for name in ("site", "decision"):
         table.add_column(name, no_wrap=True)
     for name in ("NMSE", "held out", "CCA bound", "parameters"):
@@ -37,6 +42,18 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def _totals(plan: Plan) -> tuple[str, int]:
+    before = sum(int(site.details.get("parameters", 0)) for site in plan.rewritten)
+    after = sum(_read(site) for site in plan.rewritten)
+    stored = sum(t.numel() * t.element_size() for t in plan.tensors().values())
+    return f"{before:,} → {after:,}", stored
+
+
+def _read(site: Site) -> int:
+    own = sum(t.numel() for t in site.tensors.values())
+    return int(site.details.get("parameters_read") or own)
+
+
 def _number(value: float, digits: int = 3) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
@@ -47,5 +64,4 @@ def _parameters(site: Site) -> str:
         return "-"
     if site.decision != "rewritten":
         return f"{before:,}"
-    after = site.details.get("parameters_read") or sum(t.numel() for t in site.tensors.values())
-    return f"{before:,} → {after:,}"
+    return f"{before:,} → {_read(site):,}"

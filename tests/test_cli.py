@@ -45,7 +45,7 @@ def test_calibrate_writes_the_plan_it_reports(monkeypatch, capsys, folder, tmp_p
     plan = Plan.load(path)
     assert report["digest"] == plan.digest
     assert len(plan.rewritten) == 2
-    assert len(plan.sites) == 4
+    assert len(plan.sites) == 8  # attention and FFNs
 
 
 def test_calibrate_takes_layers_and_a_text_file(monkeypatch, capsys, folder, tmp_path):
@@ -87,9 +87,10 @@ def test_explain_says_why(monkeypatch, capsys, folder, tmp_path):
     status, out, _ = call(monkeypatch, capsys, "explain", folder, "--plan", path, "--json")
     report = json.loads(out)
     assert status == 0
-    assert len(report["matched"]) == 4
+    assert len(report["matched"]) == 8  # attention and FFNs
     assert len(report["rewritten"]) == 1
-    assert all("rank" in reason for reason in report["reasons"].values())
+    assert all("rank" in why for site, why in report["reasons"].items() if "attn" in site)
+    assert all("does not know" in why for site, why in report["reasons"].items() if "mlp" in site)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import nbl_compiler as nbl
 
 def test_without_a_plan_everything_matches_and_nothing_is_rewritten():
     report = nbl.explain(make("qwen3"), **inputs("qwen3"), use_cache=False)
-    assert len(report.matched) == 3
+    assert len(report.matched) == 6  # attention and FFNs
     assert report.rewritten == ()
-    assert "3 sites match, 0 are rewritten" in str(report)
+    assert "6 sites match, 0 are rewritten" in str(report)
 
 
 def test_rejected_sites_say_why():

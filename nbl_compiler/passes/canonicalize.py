@@ -1,4 +1,4 @@
-"""Pass 1: drop dead code, so that matchers see only users that count."""
+"""Drop dead code, so that matchers see only users that count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 7: drop what the rewrites left without a user."""
+"""Drop what the rewrites left without a user."""
 
 from __future__ import annotations
 

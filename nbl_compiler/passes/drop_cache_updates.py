@@ -1,4 +1,4 @@
-"""Pass 4: erase the keys and values of linearized sites.
+"""Erase the keys and values of linearized sites.
 
 Dead-code elimination keeps in-place writes, and a dynamic cache's tensors are graph outputs; so
 both are taken out on purpose::

@@ -20,6 +20,7 @@ from nbl_compiler.passes.graph_tools import (
     is_cast,
     is_floating,
     is_weight,
+    is_write,
     shape_of,
 )
 
@@ -124,16 +125,6 @@ _NAMES = {
 }
 
 
-def writes_in_place(node: Node) -> bool:
-    """Tell whether an elementwise call writes into its first operand."""
-    if not elementwise_name(node):
-        return False
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    in_place = _FUNCTIONS[node.target] is not node.target
-    return in_place or bool(node.kwargs.get("inplace")) or any(a is True for a in node.args)
-
-
 def run_elementwise(node: Node, values: Mapping[Node, Tensor]) -> Tensor:
     """Run an elementwise call with ``values`` in place of its input nodes, in their dtype."""
     options = {name: value for name, value in node.kwargs.items() if name not in _NO_VALUES}
@@ -178,7 +169,7 @@ class ValueFlow:
         """Tell whether the node is a pure function of its inputs, element by element."""
         if passed_through(node) is not None:
             return True
-        return bool(elementwise_name(node)) and (not writes_in_place(node) or _is_sole_reader(node))
+        return bool(elementwise_name(node)) and (not is_write(node) or _is_sole_reader(node))
 
     def grow(self, sources: Iterable[Node]) -> list[Node]:
         """Return the elementwise calls that depend on ``sources`` alone, in graph order."""

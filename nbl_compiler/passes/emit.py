@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -34,7 +35,8 @@ class Emitter:
         node = self._graph.call_function(target, args, kwargs)
         mode = next((m for n in node.all_input_nodes if (m := _mode_of(n)) is not None), None)
         values: Any = map_arg((args, kwargs), lambda n: _value_in(mode, n))  # type: ignore[arg-type,return-value]
-        with mode or nullcontext(), torch.no_grad():
+        # As in Dynamo: without the Python dispatcher, some kernels make symbolic sizes constants.
+        with enable_python_dispatcher(), mode or nullcontext(), torch.no_grad():
             value = target(*values[0], **values[1])
         node.meta.update(self._meta)
         if value is not None:

@@ -21,7 +21,6 @@ from nbl_compiler.passes.elementwise import (
     passed_through,
     reads_metadata,
     skip_passes,
-    writes_in_place,
 )
 from nbl_compiler.passes.ffn_sites import Projection, linear_source
 from nbl_compiler.passes.graph_tools import (
@@ -220,8 +219,7 @@ def find_overwrite(
 ) -> Refusal | None:
     """Refuse if the hidden state is written in place while the region reads it."""
     start, end = topology.position[interior[0]], topology.position[output]
-    writers = [user for user in hidden.users if writes_in_place(user) and user.args[0] is hidden]
-    for write in (*topology.writers.get(topology.storage(hidden), ()), *writers):
+    for write in topology.writers.get(topology.storage(hidden), ()):
         if start < topology.position[write] < end:
             reason = f"more than one hidden input: `{write.name}` overwrites the first"
             return Refusal(write, reason)

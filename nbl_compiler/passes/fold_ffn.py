@@ -1,4 +1,4 @@
-"""Pass 6: put the plan's folded FFNs in place of the dense ones (TARDIS, arXiv 2501.10054).
+"""Put the plan's folded FFNs in place of the dense ones (TARDIS, arXiv 2501.10054).
 
     before   y = act(x W1ᵀ + b1) W2ᵀ + b2,  or  y = (act(x W1ᵀ) * (x W_upᵀ)) W2ᵀ
     after    r = x [W1_K | W_up_K | M]ᵀ;  y = (act(r_1) * r_2) V_Kᵀ + r_3            keep+fold

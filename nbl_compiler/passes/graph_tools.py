@@ -7,16 +7,23 @@ depends on whatever was written into it.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from sympy import Expr
 from torch.fx import GraphModule, Node
 
-_WRITE_FUNCTIONS = frozenset({operator.setitem})
+_IN_PLACE_OPERATORS = frozenset(
+    {operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul}
+    | {operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand}
+    | {operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul}
+)
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 _VIEW_METHODS = frozenset(
     {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand"}
     | {"flatten", "unflatten", "swapaxes", "swapdims", "movedim", "t", "narrow", "select", "detach"}
@@ -30,6 +37,7 @@ _VIEW_FUNCTIONS = frozenset(
     | {torch.unbind, torch.view_as_real, torch.view_as_complex}
 )
 _CAST_METHODS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "double"})
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _PATH_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)")
 _DROPPED_PARTS = frozenset({"_modules", "_orig_mod", "__self__", "_parameters"})
 
@@ -67,6 +75,13 @@ def is_weight(node: object) -> bool:
             value = getattr(value, part, None)
         return isinstance(value, torch.nn.Parameter)
     return node.op == "placeholder" and isinstance(example_value(node), torch.nn.Parameter)
+
+
+def weight_behind(node: object) -> Node | None:
+    """Return the parameter that the node is, or is a view or cast of (``W.T``), or None."""
+    while isinstance(node, Node) and not is_weight(node):
+        node = argument(node, 0, "input") if is_view(node) else None
+    return node if isinstance(node, Node) else None
 
 
 def module_path(node: Node) -> str:
@@ -132,25 +147,56 @@ def is_cast(node: object) -> bool:
 
 
 def is_write(node: Node) -> bool:
-    """Tell whether the node writes into its first argument in place."""
-    if node.op == "call_function":
-        if node.target in _WRITE_FUNCTIONS:
-            return True
-        name = getattr(node.target, "__name__", "")
-    elif node.op == "call_method":
-        name = str(node.target)
-    else:
-        return False
-    if name.endswith("__") or not name.endswith("_"):
-        return False
-    return bool(node.args) and isinstance(node.args[0], Node)
+    """Tell whether the node writes into one of its arguments in place."""
+    return _write_target(node) is not None
 
 
 def written(write: Node) -> Node:
     """Return the node that an in-place write was called on."""
-    target = write.args[0]
-    assert isinstance(target, Node)
+    target = _write_target(write)
+    assert target is not None
     return target
+
+
+def _write_target(node: Node) -> Node | None:
+    """Return the argument that the node writes into, or None.
+
+    In-place ops are spelled ``x.add_(y)``, ``torch.add(x, y, out=z)``, ``F.relu(x, inplace=True)``,
+    ``x[i] = y`` and ``x += y``.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    target = argument(node, 0, "input")
+    if not isinstance(target, Node):
+        return None
+    if node.target in _IN_PLACE_OPERATORS or node.target in _IN_PLACE_METHODS:
+        is_number = isinstance(example_value(target), _NUMBERS)  # which ``+=`` makes anew
+        return None if is_number else target
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return target
+    return target if _asks_for_in_place(node) else None
+
+
+def _asks_for_in_place(node: Node) -> bool:
+    """Tell whether a function such as ``F.relu`` is called with ``inplace=True``."""
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    position = _in_place_position(node.target)
+    return position is not None and bool(argument(node, position, "inplace", False))
+
+
+@lru_cache(maxsize=4096)
+def _in_place_position(function: Callable[..., object]) -> int | None:
+    """Return the position of the function's ``inplace`` parameter, or None."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def eliminate_dead_code(graph_module: GraphModule) -> int:
@@ -192,10 +238,9 @@ def projection_input(node: Node) -> Node | None:
         source, weight = argument(node, 0, "input"), argument(node, 1, "other")
     else:
         return None
-    if not isinstance(source, Node) or not isinstance(weight, Node) or is_weight(source):
+    if not isinstance(source, Node) or is_weight(source):
         return None
-    weighted = is_weight(weight) or (is_view(weight) and is_weight(weight.all_input_nodes[0]))
-    return source if weighted else None
+    return None if weight_behind(weight) is None else source
 
 
 def skip_views_back(node: Node) -> Node:
@@ -229,12 +274,12 @@ class Topology:
     def storage(self, node: Node) -> Node:
         """Return the node that owns the memory a view or an in-place result looks into."""
         while True:
-            if is_write(node) or (is_view(node) and not is_cast(node)):
-                source = node.args[0]
-                if isinstance(source, Node):
-                    node = source
-                    continue
-            return node
+            source: object = _write_target(node)
+            if source is None and is_view(node) and not is_cast(node):
+                source = argument(node, 0, "input")
+            if not isinstance(source, Node):
+                return node
+            node = source
 
     def sources(self, node: Node) -> Iterator[Node]:
         """Yield the nodes whose values the node's value depends on, writers included."""

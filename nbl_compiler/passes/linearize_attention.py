@@ -1,4 +1,4 @@
-"""Pass 3: put the plan's linear maps in place of attention (NBL, arXiv 2505.21077, section 3.1).
+"""Put the plan's linear maps in place of attention (NBL, arXiv 2505.21077, section 3.1).
 
     before   q, k, v = x Wqᵀ, x Wkᵀ, x Wvᵀ;  rotary;  cache;  y = attention(q, k, v) Woᵀ
     after    y = x Wᵀ + b        x [..., T, d], W [d_out, d], b [d_out], y [..., T, d_out]

@@ -1,4 +1,4 @@
-"""Pass 2: find attention sites.
+"""Find attention sites.
 
 A site is the region from the one hidden state x that the query, key and value projections read
 to the output projection's result y::
@@ -31,6 +31,7 @@ from nbl_compiler.passes.graph_tools import (
     is_weight,
     projection_input,
     shape_of,
+    weight_behind,
 )
 from nbl_compiler.passes.hidden_state import HiddenState, Refusal, find_hidden, find_residual
 from nbl_compiler.passes.sites import AttentionMatch, Matches, store_matches, unique_names
@@ -98,12 +99,8 @@ def _name(anchor: Anchor, result: _Region | Refusal) -> str:
 
 
 def _build(name: str, anchor: Anchor, region: _Region, topology: Topology) -> AttentionMatch:
-    weights = {
-        source
-        for node in (*region.interior, region.output)
-        for source in node.all_input_nodes
-        if is_weight(source)
-    }
+    read = (n for node in (*region.interior, region.output) for n in node.all_input_nodes)
+    weights = {weight for n in read if (weight := weight_behind(n)) is not None}
     return AttentionMatch(
         site=name,
         anchor=anchor.node,

@@ -1,4 +1,4 @@
-"""Pass 5: find feed-forward (FFN) sites.
+"""Find feed-forward (FFN) sites.
 
 A site is the region from the hidden state x to the down projection's result y::
 

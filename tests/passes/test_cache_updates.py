@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import nbl_compiler as nbl
+from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight, module_path
-from nbl_compiler.passes.site_lookup import weight_value
 
 DECODERS = [
     pytest.param(a.name, a.implementations[0], marks=pytest.mark.xdist_group(a.name))
@@ -64,7 +64,7 @@ def test_weights_of_a_linearized_layer_are_not_read(
     own = {id(parameter) for parameter in module.parameters()}
     for graph in run.graphs:
         weights = [n for n in graph.graph.find_nodes(op="placeholder") if is_weight(n)]
-        unread = {id(weight_value(node)) for node in weights if not node.users}
+        unread = {id(parameter_value(node)) for node in weights if not node.users}
         assert own <= unread
 
 

@@ -24,7 +24,10 @@ from helpers.scenarios import (
 from helpers.surgery import linearize_by_surgery
 from models.architectures import ARCHITECTURES, BY_NAME
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+
+from nbl_compiler.passes.graph_tools import example_value, is_weight
+from nbl_compiler.passes.sites import load_matches
 
 SPELLINGS = [
     pytest.param(a.name, i, id=f"{a.name}-{i}", marks=pytest.mark.xdist_group(a.name))
@@ -60,6 +63,28 @@ def test_without_a_cache(name: str, implementation: str) -> None:
     check(run, list(run.subject.sites), cross_names(name))
     modules = dict(run.subject.model.named_modules())
     assert all(site in modules for site in (*run.subject.sites, *cross_names(name)))
+
+
+@pytest.mark.parametrize(("name", "implementation"), SPELLINGS)
+def test_a_site_knows_every_matrix_of_its_module(name: str, implementation: str) -> None:
+    """By these a plan is refused for another model; some families multiply by ``weight.T``."""
+    (graph,) = full_run(name, implementation).graphs
+    matrices = [
+        node
+        for node in graph.graph.find_nodes(op="placeholder")
+        if is_weight(node) and example_value(node).dim() == 2
+    ]
+    for match in load_matches(graph).found:
+        own = {node for node in matrices if is_inside(node, match.site)}
+        assert own
+        assert own <= set(match.weights)
+
+
+def is_inside(weight: Node, site: str) -> bool:
+    """Tell whether a graph input is a projection's matrix in the module at a path."""
+    name = weight.name.replace("_modules_", "_")
+    is_table = "relative_attention_bias" in name  # of T5, which makes masks
+    return f"_{site.replace('.', '_')}_" in name and not is_table
 
 
 @pytest.mark.parametrize(("name", "implementation"), SPELLINGS)
