@@ -45,7 +45,27 @@ def test_calibrate_writes_the_plan_it_reports(monkeypatch, capsys, folder, tmp_p
     plan = Plan.load(path)
     assert report["digest"] == plan.digest
     assert len(plan.rewritten) == 2
-    assert len(plan.sites) == 8  # attention and FFNs
+    assert len(plan.sites) == 4  # attention alone was asked for
+
+
+def test_calibrate_folds_ffns_as_well(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    words = ("--count", 1, "--ffn-layers", "0,2", "--keep", 0.5)
+    make_plan(monkeypatch, capsys, folder, path, *words)
+    plan = Plan.load(path)
+    folded = [site for site in plan.rewritten if site.kind == "ffn"]
+    assert [site.name for site in folded] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert all(site.details["kept"] * 2 == site.details["neurons"] for site in folded)
+    assert len(plan.rewritten) == 3
+    assert len(plan.sites) == 8
+
+
+def test_calibrate_can_leave_attention_alone(monkeypatch, capsys, folder, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    words = ("--no-attention", "--ffn-count", 1, "--guard", "predicted", "--capacity", 0.2)
+    make_plan(monkeypatch, capsys, folder, path, *words)
+    (site,) = Plan.load(path).rewritten
+    assert (site.kind, site.details["guard"]) == ("ffn", "predicted")
 
 
 def test_calibrate_takes_layers_and_a_text_file(monkeypatch, capsys, folder, tmp_path):

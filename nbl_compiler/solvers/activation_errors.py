@@ -47,7 +47,8 @@ def max_affine_error(
     if not bool(intercept.isfinite().all()):
         raise ValueError("intercepts must be finite")
     extremes = affine_residual_extremes(activation, lo, hi, slope)
-    slack = extremes.slack + ROUNDING * intercept.abs()
+    # Subnormal values round by more than their share: the least normal number covers them.
+    slack = extremes.slack + ROUNDING * intercept.abs() + torch.finfo(torch.float64).tiny
     return torch.maximum(intercept - extremes.lowest, extremes.highest - intercept) + slack
 
 

@@ -8,7 +8,7 @@ import mpmath
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mpmath import iv
 
@@ -194,6 +194,7 @@ def test_sampling_never_exceeds_the_bound(
 @every_activation
 @settings(deadline=None)
 @given(ends=st.tuples(ordinary, ordinary), slope=st.floats(-0.2, 1.2), intercept=st.floats(-1, 1))
+@example(ends=(0.0, 2.225073858507e-311), slope=0.9375, intercept=0.0)  # subnormal numbers
 def test_bound_is_attained_and_bounds_the_exact_error(
     name: str, ends: tuple[float, float], slope: float, intercept: float
 ) -> None:
