@@ -62,6 +62,9 @@ def calibrate(
     predictor: Annotated[
         str, typer.Option(help="auto, none, low_rank, quantized_8, quantized_4 or quantized_2.")
     ] = "auto",
+    values: Annotated[
+        str, typer.Option(help="original or predicted: what outliers are put right with.")
+    ] = "original",
     dtype: Dtype = "float32",
     device: Device = "cpu",
     quiet: Quiet = False,
@@ -76,6 +79,7 @@ def calibrate(
     linearize = Attention(count, _layers(layers), max_nmse, rank_by, input)  # type: ignore[arg-type]
     fold = FFN(
         ffn_count, _layers(ffn_layers), ffn_max_nmse, keep, guard, capacity, coverage, predictor,  # type: ignore[arg-type]
+        values=values,  # type: ignore[arg-type]
     )  # fmt: skip
     asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
     config = Config(linearize if attention else None, fold if asked else None, _ridge(ridge))

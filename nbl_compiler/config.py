@@ -119,6 +119,10 @@ class FFN:
             ``"none"`` (the true pre-activations: reads all of W1). ``"auto"`` is ``"quantized_4"``
             for ``"predicted"`` and ``"none"`` for ``"exact"``.
         rank: Of the low-rank predictor.
+        values: For ``"predicted"``: what outliers are put right with. ``"original"``: their true
+            values, from gathered rows of the weights. ``"predicted"``: their predicted ones, so
+            that only the column of W2 is read, and the same bytes hold two (gated: three) times
+            the capacity.
 
     Raises:
         ConfigError: for contradictory or out-of-range options.
@@ -133,6 +137,7 @@ class FFN:
     coverage: float = 0.9
     predictor: Predictor = "auto"
     rank: int = 64
+    values: Literal["original", "predicted"] = "original"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("FFN", self.layers))
@@ -156,6 +161,14 @@ class FFN:
             )
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"FFN: rank={self.rank!r} must be an integer of at least 1")
+        if self.values not in ("original", "predicted"):
+            raise ConfigError(f"FFN: values={self.values!r} must be 'original' or 'predicted'")
+        if self.values == "predicted" and (
+            self.guard != "predicted" or self.predictor_kind == "none"
+        ):
+            raise ConfigError(
+                "FFN: values='predicted' needs guard='predicted' and a predictor other than 'none'"
+            )
 
     @property
     def predictor_kind(self) -> str:

@@ -126,11 +126,11 @@ def _guarded_work(node: Node) -> Work:
     x, site = values[0], unpack_arguments(tuple(values[1:]))
     tokens = _int(prod(x.shape[:-1]))
     projections = [w for w in (site.gate, site.up) if w is not None]
-    whole = site.predictor_kind == "none" or tokens > GATHER_TOKENS
     few = tokens <= GATHER_TOKENS
     rows = site.selected * tokens if few else site.neurons
-    gathered = [(*projections, site.down), (site.down,)][site.predictor_kind == "none" and few]
-    parts = [site.folded, *site.predictor, *(projections if whole and few else ())]
+    whole = site.predictor_kind == "none" and few
+    gathered = [site.down] if whole or site.corrects_by_prediction else [*projections, site.down]
+    parts = [site.folded, *site.predictor, *(projections if whole else ())]
     size = site.down.element_size()
     read = sum(map(_bytes, parts)) + sum(rows * _int(w.shape[1]) * size for w in gathered)
     per_token = sum(p.numel() for p in parts) + sum(

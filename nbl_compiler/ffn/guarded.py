@@ -121,7 +121,7 @@ def guard_details(
         predictor, gathered = rows * guarded.neurons * d, o
     else:
         predictor = tensor_bytes(guarded.predictor) // _FLOAT_BYTES
-        gathered = rows * d + o
+        gathered = o if guarded.corrects_by_prediction else rows * d + o
     slopes = (rows + 1 + 2 * (guarded.low is not None)) * guarded.neurons
     read = k * (rows * d + o) + o * d + o + predictor + capacity * gathered + slopes
     tokens = float(error.outliers.sum()) or 1.0
@@ -142,6 +142,7 @@ def guard_details(
         "capacity": guarded.capacity,
         "overflow": str(guarded.overflow),
         "threshold": guarded.threshold,
+        "values": str(guarded.values),
         "recall": error.recall,
         "outliers_per_token": mean / tokens,
         "dense_tokens": float(error.outliers[guarded.capacity + 1 :].sum()) / tokens
@@ -170,6 +171,7 @@ def settings_of(details: Mapping[str, Any]) -> dict[str, Any]:
         "capacity": details["capacity"],
         "overflow": details["overflow"],
         "threshold": details["threshold"],
+        "values": details["values"],
     }
 
 

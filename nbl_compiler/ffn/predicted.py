@@ -89,6 +89,7 @@ def _start(site: FFNSite, kept: Tensor, first: NeuronStage, options: FFN) -> _Fi
         capacity=rounded_capacity(share * folded.neurons, folded.neurons),
         overflow="truncate",
         threshold=_EVERY_NEURON,
+        values=options.values,
     )
     return _Fitting(site, kept, weights.select(kept), guarded)
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from nbl_compiler.ffn.reduce import all_sum, merged_histogram, merged_moments
 from nbl_compiler.ffn.sites import FFNRows, FFNSite
-from nbl_compiler.lowering.guarded_ffn import choose, correction, reference, true_preactivations
+from nbl_compiler.lowering.guarded_ffn import (
+    choose,
+    correction,
+    reference,
+    true_preactivations,
+    unpredicted,
+)
 from nbl_compiler.lowering.guarded_fit import SlopeMoments, Slopes
 from nbl_compiler.lowering.guarded_site import GuardedFFN, hidden_values
 from nbl_compiler.solvers.ffn_moments import FFNMoments, KeptMoments, RegressionMoments
@@ -193,7 +199,7 @@ class RecallStage:
 
     def __init__(self, guarded: GuardedFFN) -> None:
         self._guarded = guarded
-        self._truth = replace(guarded, predictor_kind="none", predictor=[])
+        self._truth = unpredicted(guarded)
         self.found = torch.zeros(1, dtype=torch.float64)
         self.true = torch.zeros(1, dtype=torch.float64)
 

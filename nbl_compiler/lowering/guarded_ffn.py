@@ -19,6 +19,10 @@ certified predictor flags every neuron that may be an outlier, then keeps those 
 is the same as without a predictor. No outlier is missed in either case, and the error obeys the
 bound Σ_i |W2[j, i]| max_{z in range_i} |σ(z) − a_i z − c_i| for every input.
 
+With ``values="predicted"`` the correction, too, takes h and ĥ from the predicted pre-activations. Of
+an outlier only its column of W2 is read then, so that the same bytes hold two (gated: three) times
+as many; their values carry the predictor's error.
+
 A token with more flagged neurons than ``capacity`` takes the dense path (``overflow="dense"``) or
 keeps those with the largest |h − ĥ|·column_norm (``overflow="truncate"``). A token whose C x + B is
 not finite always takes the dense path: NaN and Inf come out as the dense FFN makes them.
@@ -66,22 +70,28 @@ def choose(site: GuardedFFN, x: Tensor) -> tuple[Tensor, Tensor]:
     The second set is S for tokens within the capacity; a token on the dense path is not marked.
     """
     wide = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-    gate, up = true_preactivations(site, wide)
-    seen_gate, seen_up, slack = gate, up, None
-    if site.predictor_kind != "none":
-        prediction = predict(site.predictor_kind, site.predictor, wide)
-        seen_gate, seen_up = split_rows(site, prediction.value)
-        slack = prediction.slack if site.certified else None
-    candidates, score = flagged(site, seen_gate, seen_up, slack)
+    candidates, score = flagged(site, *_seen(site, wide))
     chosen = candidates & _within_capacity(candidates, score, site.selected)
     if site.certified:
-        chosen = chosen & outside_range(site, up)
+        chosen = chosen & outside_range(site, true_preactivations(site, wide)[1])
     return candidates, chosen
+
+
+def _seen(site: GuardedFFN, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return g, u and their slack as the guard sees them, for ``x`` [tokens, d]."""
+    if site.predictor_kind == "none":
+        return *true_preactivations(site, x), None
+    prediction = predict(site.predictor_kind, site.predictor, x)
+    slack = prediction.slack if site.certified else None
+    return *split_rows(site, prediction.value), slack
 
 
 def correction(site: GuardedFFN, x: Tensor, chosen: Tensor) -> Tensor:
     """Σ_{i chosen} (h_i − ĥ_i) W2[:, i] for ``x`` [tokens, d] and ``chosen`` [tokens, f]."""
-    gate, up = true_preactivations(site, x)
+    if site.corrects_by_prediction:
+        gate, up, _ = _seen(site, x)
+    else:
+        gate, up = true_preactivations(site, x)
     residual = hidden_values(site, gate, up) - affine_values(site, gate, up)
     return torch.where(chosen, residual, 0.0) @ site.down.to(x.dtype)
 
@@ -120,8 +130,13 @@ def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
         site: The FFN and its guard.
         x: Inputs [..., d].
     """
-    truth = replace(site, predictor_kind="none", predictor=[])
+    truth = unpredicted(site)
     return recall(choose(site, x)[1], choose(truth, x)[1])
+
+
+def unpredicted(site: GuardedFFN) -> GuardedFFN:
+    """The same guard without its predictor: it sees the true pre-activations."""
+    return replace(site, predictor_kind="none", predictor=[], values="original")
 
 
 def run(site: GuardedFFN, x: Tensor) -> GuardedOutput:
@@ -158,12 +173,13 @@ def guarded_ffn(
     capacity: int,
     overflow: str,
     threshold: float,
+    values: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Folded FFN with a guarded outlier branch; arguments as in :class:`GuardedFFN`."""
     arguments = (
         gate, up, down, gate_bias, up_bias, down_bias, folded, folded_bias, gate_slope, up_slope,
         intercept, low, high, column_norm, predictor, activation, predictor_kind, exact, capacity,
-        overflow, threshold,
+        overflow, threshold, values,
     )  # fmt: skip
     return tuple(reference(unpack_arguments(arguments), x))  # type: ignore[return-value]
 

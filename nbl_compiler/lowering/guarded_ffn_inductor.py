@@ -117,8 +117,13 @@ def _gathered(site: GuardedFFN, x: Tensor) -> GuardedOutput:
         slack = prediction.slack if site.certified else None
         candidates, score = flagged(site, *split_rows(site, prediction.value), slack)
         neurons, valid = _select(candidates, score, site.selected)
-        gate = None if site.gate is None else _rows(x, site.gate, site.gate_bias, neurons)
-        up = _rows(x, site.up, site.up_bias, neurons)
+        if site.corrects_by_prediction:
+            seen_gate, seen_up = split_rows(site, prediction.value)
+            gate = None if seen_gate is None else seen_gate.gather(1, neurons)
+            up = seen_up.gather(1, neurons)
+        else:
+            gate = None if site.gate is None else _rows(x, site.gate, site.gate_bias, neurons)
+            up = _rows(x, site.up, site.up_bias, neurons)
     if site.certified:
         valid = valid & outside_range(site, up, neurons)
     residual = hidden_values(site, gate, up) - affine_values(site, gate, up, neurons)
@@ -130,12 +135,17 @@ def _gathered(site: GuardedFFN, x: Tensor) -> GuardedOutput:
 
 def _masked(site: GuardedFFN, x: Tensor) -> GuardedOutput:
     affine = product(x, site.folded, site.folded_bias)
-    gate, up = _all_neurons(site, x)
-    seen_gate, seen_up, slack = gate, up, None
+    slack = None
     if site.predictor_kind != "none":
         prediction = fused_prediction(site.predictor_kind, site.predictor, x)
         seen_gate, seen_up = split_rows(site, prediction.value)
         slack = prediction.slack if site.certified else None
+    if site.corrects_by_prediction:
+        gate, up = seen_gate, seen_up
+    else:
+        gate, up = _all_neurons(site, x)
+    if site.predictor_kind == "none":
+        seen_gate, seen_up = gate, up
     candidates, score = flagged(site, seen_gate, seen_up, slack)
     outliers, dense = overflowing(site, candidates, affine)
     chosen = candidates
@@ -147,6 +157,9 @@ def _masked(site: GuardedFFN, x: Tensor) -> GuardedOutput:
         chosen = chosen & outside_range(site, up)
     hidden = hidden_values(site, gate, up)
     correction = torch.where(chosen, hidden - affine_values(site, gate, up), 0.0)
+    if site.corrects_by_prediction:  # the dense path would need the true hidden values
+        guarded = affine + correction @ site.down.to(x.dtype)
+        return GuardedOutput(_with_dense_tokens(site, x, guarded, dense), outliers, dense)
     rows = torch.where(dense[:, None], hidden, correction)
     bias = torch.zeros_like(affine[:1]) if site.down_bias is None else site.down_bias.to(x.dtype)
     constant = torch.where(dense[:, None], bias, affine)

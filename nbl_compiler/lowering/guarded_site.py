@@ -18,6 +18,7 @@ from nbl_compiler.errors import ConfigError
 from nbl_compiler.lowering.predictors import PREDICTOR_KINDS, PredictorKind
 
 Overflow = Literal["dense", "truncate"]
+Values = Literal["original", "predicted"]
 
 QUICK_GELU_SLOPE = 1.702
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,6 +76,9 @@ class GuardedFFN:
         overflow: What a token with more flagged neurons than that does.
         threshold: For the threshold test, in units of the output. A negative one flags every
             neuron, and with ``overflow="truncate"`` the capacity alone decides.
+        values: What outliers are put right with: ``"original"``, h and ĥ from gathered rows of the
+            weights; or ``"predicted"``, both from the predictor's pre-activations, so that of an
+            outlier only the row of ``down`` is read.
 
     Raises:
         ConfigError: if the arguments contradict each other.
@@ -101,6 +105,7 @@ class GuardedFFN:
     capacity: int = 0
     overflow: Overflow | str = "dense"
     threshold: float = 0.0
+    values: Values | str = "original"
 
     def __post_init__(self) -> None:
         check(self)
@@ -114,6 +119,11 @@ class GuardedFFN:
     def certified(self) -> bool:
         """Whether a predictor's certificate keeps an exact guard exact."""
         return self.exact and self.predictor_kind != "none"
+
+    @property
+    def corrects_by_prediction(self) -> bool:
+        """Whether outliers get their predicted values."""
+        return self.values == "predicted"
 
     @property
     def selected(self) -> int:
@@ -151,6 +161,10 @@ def check(site: GuardedFFN) -> None:
         raise ConfigError("column_norm is needed for the threshold test and to truncate")
     if site.exact and site.overflow == "truncate":
         raise ConfigError("an exact guard cannot truncate: use overflow='dense'")
+    if site.values not in ("original", "predicted"):
+        raise ConfigError(f"values={site.values!r} must be 'original' or 'predicted'")
+    if site.corrects_by_prediction and (site.exact or site.predictor_kind == "none"):
+        raise ConfigError("values='predicted' needs a predictor and a guard that is not exact")
     if site.certified and (site.low is None or len(site.predictor) != _CERTIFIED_TENSORS):
         raise ConfigError("an exact guard with a predictor needs ranges and a certified predictor")
 

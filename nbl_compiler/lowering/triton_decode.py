@@ -40,12 +40,16 @@ def affine_kernel(
 def flag_kernel(
     x_ptr, gate_ptr, up_ptr, gate_offset_ptr, up_offset_ptr, scale_ptr, shift_ptr, slack_ptr,
     gate_slope_ptr, up_slope_ptr, intercept_ptr, low_ptr, high_ptr, column_norm_ptr, key_ptr,
-    x_sum_ptr, d, width, f, threshold,
+    residual_ptr, x_sum_ptr, d, width, f, threshold,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, RANGED: tl.constexpr, SCORED: tl.constexpr,
     BITS: tl.constexpr, HAS_GATE_OFFSET: tl.constexpr, HAS_UP_OFFSET: tl.constexpr,
-    CERTIFIED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CERTIFIED: tl.constexpr, PREDICTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """key[t, i] = score of neuron i if flagged, else −1; grid (tokens, blocks of neurons)."""
+    """key[t, i] = score of neuron i if flagged, else −1; grid (tokens, blocks of neurons).
+
+    With PREDICTED also residual[t, i] = h − ĥ, what outliers are put right with.
+    """
     token = tl.program_id(0).to(tl.int64)
     neurons = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = neurons < f
@@ -73,6 +77,12 @@ def flag_kernel(
         ACTIVATION, GATED, RANGED, SCORED,
     )  # fmt: skip
     tl.store(key_ptr + token * f + neurons, key, inside)
+    if PREDICTED:
+        fit = affine_value(
+            gate, up, neurons, inside, gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED
+        )
+        value = hidden_value(gate, up, ACTIVATION, GATED) - fit
+        tl.store(residual_ptr + token * f + neurons, value, inside)
 
 
 @triton.jit
@@ -127,14 +137,15 @@ def select_kernel(
 def residual_kernel(
     x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     gate_slope_ptr, up_slope_ptr, intercept_ptr, low_ptr, high_ptr,
-    list_ptr, length_ptr, dense_ptr, value_ptr, d, f,
+    list_ptr, length_ptr, dense_ptr, residual_ptr, value_ptr, d, f,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_GATE_BIAS: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr, CERTIFIED: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, CERTIFIED: tl.constexpr, PREDICTED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """value[t, slot] = h − ĥ of the neuron in that slot, or h on the dense path.
 
-    Grid (tokens, blocks of slots); slots beyond the token's list are left alone.
+    Grid (tokens, blocks of slots); slots beyond the token's list are left alone. With PREDICTED
+    no weights are read, unless for the dense path: h − ĥ is known.
     """
     token = tl.program_id(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -145,18 +156,24 @@ def residual_kernel(
         listed = tl.load(list_ptr + token * f + slots, inside & (dense == 0), 0)
         neurons = tl.where(dense, slots, listed)
         x_ptr += token * d
-        up = row_dot(x_ptr, up_ptr, neurons, inside, d, 0, BLOCK_N, BLOCK_D, d)
+        read = inside
+        if PREDICTED:
+            read = inside & dense
+        up = row_dot(x_ptr, up_ptr, neurons, read, d, 0, BLOCK_N, BLOCK_D, d)
         if HAS_UP_BIAS:
-            up += tl.load(up_bias_ptr + neurons, inside, 0.0).to(tl.float32)
+            up += tl.load(up_bias_ptr + neurons, read, 0.0).to(tl.float32)
         gate = up
         if GATED:
-            gate = row_dot(x_ptr, gate_ptr, neurons, inside, d, 0, BLOCK_N, BLOCK_D, d)
+            gate = row_dot(x_ptr, gate_ptr, neurons, read, d, 0, BLOCK_N, BLOCK_D, d)
             if HAS_GATE_BIAS:
-                gate += tl.load(gate_bias_ptr + neurons, inside, 0.0).to(tl.float32)
+                gate += tl.load(gate_bias_ptr + neurons, read, 0.0).to(tl.float32)
         hidden = hidden_value(gate, up, ACTIVATION, GATED)
-        value = hidden - affine_value(
-            gate, up, neurons, inside, gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED
-        )
+        if PREDICTED:
+            value = tl.load(residual_ptr + token * f + neurons, inside & (dense == 0), 0.0)
+        else:
+            value = hidden - affine_value(
+                gate, up, neurons, inside, gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED
+            )
         if CERTIFIED:
             low = tl.load(low_ptr + neurons, inside, 0.0).to(tl.float32)
             high = tl.load(high_ptr + neurons, inside, 0.0).to(tl.float32)

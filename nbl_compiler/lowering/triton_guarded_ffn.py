@@ -133,13 +133,13 @@ def _decode(site: GuardedFFN, x: Tensor, output: Tensor, outliers: Tensor, dense
     tokens, d = x.shape
     f, d_out = site.down.shape
     affine = _affine(x, site.folded, site.folded_bias)
-    keys = _keys(site, x)
+    keys, residual = _keys(site, x)
     listed = torch.empty(tokens, f, dtype=torch.int32, device=x.device)
     length = torch.empty(tokens, dtype=torch.int32, device=x.device)
     _select(site, keys, affine, listed, length, outliers, dense, as_list=True)
     values = torch.empty(tokens, f, dtype=torch.float32, device=x.device)
     triton_decode.residual_kernel[(tokens, triton.cdiv(f, BLOCK_NEURONS))](
-        x, *_neuron_pointers(site, x), listed, length, dense, values, d, f,
+        x, *_neuron_pointers(site, x), listed, length, dense, residual, values, d, f,
         **_neuron_flags(site), **_row_blocks(d),
     )  # fmt: skip
     partial = torch.empty(tokens, SPLITS, d_out, dtype=torch.float32, device=x.device)
@@ -158,14 +158,14 @@ def _prefill(site: GuardedFFN, x: Tensor, output: Tensor, outliers: Tensor, dens
     tokens, d = x.shape
     f, d_out = site.down.shape
     affine = _affine(x, site.folded, site.folded_bias)
-    keys = _keys(site, x)
+    keys, residual = _keys(site, x)
     chosen = torch.empty(tokens, f, dtype=torch.int8, device=x.device)
     _select(site, keys, affine, chosen, outliers, outliers, dense, as_list=False)
     token_tiles, neuron_tiles = triton.cdiv(tokens, TILE_TOKENS), triton.cdiv(f, TILE_NEURONS)
     values = torch.empty(tokens, f, dtype=x.dtype, device=x.device)
     used = torch.empty(token_tiles, neuron_tiles, dtype=torch.int32, device=x.device)
     triton_prefill.hidden_tile_kernel[(token_tiles, neuron_tiles)](
-        x, *_neuron_pointers(site, x), chosen, dense, values, used, tokens, d, f,
+        x, *_neuron_pointers(site, x), chosen, dense, residual, values, used, tokens, d, f,
         **_neuron_flags(site), **_tile_blocks(x),
     )  # fmt: skip
     triton_prefill.down_tile_kernel[(token_tiles, triton.cdiv(d_out, TILE_NEURONS))](
@@ -176,18 +176,22 @@ def _prefill(site: GuardedFFN, x: Tensor, output: Tensor, outliers: Tensor, dens
     )  # fmt: skip
 
 
-def _keys(site: GuardedFFN, x: Tensor) -> Tensor:
-    """Scores of the flagged neurons, −1 for the others: float32 [tokens, f]."""
+def _keys(site: GuardedFFN, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the flagged neurons, −1 for the others, and predicted h − ĥ if they are used.
+
+    Both float32 [tokens, f]; a stand-in where there is nothing predicted.
+    """
     tokens = x.shape[0]
     seen = _seen(site, x)
     d, width = seen.x.shape[1], seen.up.shape[1]
     keys = torch.empty(tokens, site.neurons, dtype=torch.float32, device=x.device)
+    residual = torch.empty_like(keys) if site.corrects_by_prediction else keys
     x_sum = seen.x.float().sum(-1) if seen.bits else seen.x
     pointers = (
         seen.x, seen.gate, seen.up, *(_pointer(t, x) for t in (
             seen.gate_offset, seen.up_offset, seen.scale, seen.shift, seen.slack, site.gate_slope,
             site.up_slope, site.intercept, site.low, site.high, site.column_norm,
-        )), keys, x_sum,
+        )), keys, residual, x_sum,
     )  # fmt: skip
     flags: dict[str, Any] = {
         "ACTIVATION": site.activation,
@@ -198,6 +202,7 @@ def _keys(site: GuardedFFN, x: Tensor) -> Tensor:
         "HAS_GATE_OFFSET": site.gate is not None and seen.gate_offset is not None,
         "HAS_UP_OFFSET": seen.up_offset is not None,
         "CERTIFIED": seen.slack is not None,
+        "PREDICTED": site.corrects_by_prediction,
     }
     if tokens <= DECODE_TOKENS:
         grid = (tokens, triton.cdiv(site.neurons, BLOCK_NEURONS))
@@ -210,7 +215,7 @@ def _keys(site: GuardedFFN, x: Tensor) -> Tensor:
             *pointers, tokens, d, width, site.neurons, float(site.threshold), **flags,
             **_tile_blocks(seen.x),
         )  # fmt: skip
-    return keys
+    return keys, residual
 
 
 def _select(
@@ -275,4 +280,5 @@ def _neuron_flags(site: GuardedFFN) -> dict[str, Any]:
         "HAS_GATE_BIAS": site.gate_bias is not None,
         "HAS_UP_BIAS": site.up_bias is not None,
         "CERTIFIED": site.certified,
+        "PREDICTED": site.corrects_by_prediction,
     }

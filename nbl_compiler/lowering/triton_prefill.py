@@ -78,10 +78,10 @@ def affine_tile_kernel(
 def flag_tile_kernel(
     x_ptr, gate_ptr, up_ptr, gate_offset_ptr, up_offset_ptr, scale_ptr, shift_ptr, slack_ptr,
     gate_slope_ptr, up_slope_ptr, intercept_ptr, low_ptr, high_ptr, column_norm_ptr, key_ptr,
-    x_sum_ptr, tokens_count, d, width, f, threshold,
+    residual_ptr, x_sum_ptr, tokens_count, d, width, f, threshold,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, RANGED: tl.constexpr, SCORED: tl.constexpr,
     BITS: tl.constexpr, HAS_GATE_OFFSET: tl.constexpr, HAS_UP_OFFSET: tl.constexpr,
-    CERTIFIED: tl.constexpr, DOT: tl.constexpr,
+    CERTIFIED: tl.constexpr, PREDICTED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """As ``triton_decode.flag_kernel``; grid (blocks of tokens, blocks of neurons)."""
@@ -121,15 +121,22 @@ def flag_tile_kernel(
         ACTIVATION, GATED, RANGED, SCORED,
     )  # fmt: skip
     tl.store(key_ptr + place, key, both)
+    if PREDICTED:
+        value = hidden_value(gate, up, ACTIVATION, GATED) - affine_value(
+            gate, up, neurons[None, :], inside[None, :],
+            gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED,
+        )  # fmt: skip
+        tl.store(residual_ptr + place, value, both)
 
 
 @triton.jit
 def hidden_tile_kernel(
     x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr,
     gate_slope_ptr, up_slope_ptr, intercept_ptr, low_ptr, high_ptr,
-    chosen_ptr, dense_ptr, value_ptr, used_ptr, tokens_count, d, f,
+    chosen_ptr, dense_ptr, residual_ptr, value_ptr, used_ptr, tokens_count, d, f,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_GATE_BIAS: tl.constexpr,
-    HAS_UP_BIAS: tl.constexpr, CERTIFIED: tl.constexpr, DOT: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr, CERTIFIED: tl.constexpr, PREDICTED: tl.constexpr,
+    DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """value[t, i] = h − ĥ where chosen, h on the dense path, else 0.
@@ -147,30 +154,37 @@ def hidden_tile_kernel(
     needed = tl.sum(tl.sum(((chosen | dense) & both).to(tl.int32), axis=1), axis=0)
     tl.store(used_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), needed)
     if needed > 0:
-        up = tile_dot(
-            x_ptr, up_ptr, tokens, token_inside, neurons, inside, d, d, d, 0, DOT,
-            BLOCK_T, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if HAS_UP_BIAS:
-            up += tl.load(up_bias_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
-        gate = up
-        if GATED:
-            gate = tile_dot(
-                x_ptr, gate_ptr, tokens, token_inside, neurons, inside, d, d, d, 0, DOT,
+        hidden = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        value = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        if PREDICTED:  # the weights are for the dense path alone
+            value = tl.load(residual_ptr + place, chosen & both, 0.0)
+            needed = tl.sum(tl.sum((dense & both).to(tl.int32), axis=1), axis=0)
+        if needed > 0:
+            up = tile_dot(
+                x_ptr, up_ptr, tokens, token_inside, neurons, inside, d, d, d, 0, DOT,
                 BLOCK_T, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            if HAS_GATE_BIAS:
-                gate += tl.load(gate_bias_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
-        hidden = hidden_value(gate, up, ACTIVATION, GATED)
-        value = hidden - affine_value(
-            gate, up, neurons[None, :], inside[None, :],
-            gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED,
-        )  # fmt: skip
-        value = tl.where(chosen, value, 0.0)
-        if CERTIFIED:
-            low = tl.load(low_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
-            high = tl.load(high_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
-            value = tl.where((up >= low) & (up <= high), 0.0, value)
+            if HAS_UP_BIAS:
+                up += tl.load(up_bias_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
+            gate = up
+            if GATED:
+                gate = tile_dot(
+                    x_ptr, gate_ptr, tokens, token_inside, neurons, inside, d, d, d, 0, DOT,
+                    BLOCK_T, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+                if HAS_GATE_BIAS:
+                    gate += tl.load(gate_bias_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
+            hidden = hidden_value(gate, up, ACTIVATION, GATED)
+            if not PREDICTED:
+                value = hidden - affine_value(
+                    gate, up, neurons[None, :], inside[None, :],
+                    gate_slope_ptr, up_slope_ptr, intercept_ptr, GATED,
+                )  # fmt: skip
+                value = tl.where(chosen, value, 0.0)
+                if CERTIFIED:
+                    low = tl.load(low_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
+                    high = tl.load(high_ptr + neurons, inside, 0.0).to(tl.float32)[None, :]
+                    value = tl.where((up >= low) & (up <= high), 0.0, value)
         value = tl.where(dense, hidden, value)
         tl.store(value_ptr + place, value.to(value_ptr.dtype.element_ty), both)
 

@@ -85,7 +85,7 @@ def in_one_batch(form: str, gated: bool) -> nbl.Plan:
 
 @pytest.mark.parametrize(("form", "gated"), [("kept", True), ("predicted", True), ("exact", False)])
 @settings(max_examples=2, phases=[Phase.generate])  # each example traces a model: no shrinking
-@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(1, 11), min_size=1, max_size=3))
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(1, 11), min_size=1, max_size=2))
 def test_fits_do_not_depend_on_the_cuts(
     form: str, gated: bool, order: list[int], cuts: set[int]
 ) -> None:
@@ -122,15 +122,16 @@ def test_padding_never_enters(form: str, gated: bool, side: str) -> None:
 
 
 def test_padding_in_a_transformer() -> None:
-    model, lengths = tiny(layers=1), (80, 64)
-    alone = [text(1, n, seed=n) for n in lengths]
+    model, alone = tiny(layers=1), text(2, 70)
     ids, mask = text(2, 80, seed=99), torch.ones(2, 80, dtype=torch.long)
-    ids[0], ids[1, 16:], mask[1, :16] = alone[0], alone[1], 0
-    config = ffn_config(holdout=0.4, keep=0.25)
+    ids[0, :70], mask[0, 70:] = alone[0], 0
+    ids[1, 10:], mask[1, :10] = alone[1], 0
     batch = {"input_ids": ids, "attention_mask": mask}
+    config = ffn_config(holdout=0.4, keep=0.25)
     plan = nbl.calibrate(model, [batch], config, progress=False)
-    assert_same_plan(plan, nbl.calibrate(model, alone, config, progress=False), MODEL_TOLERANCE)
-    assert plan.sites[0].details["tokens"] == sum(lengths)
+    assert_same_plan(plan, nbl.calibrate(model, [alone], config, progress=False), MODEL_TOLERANCE)
+    assert plan.sites[0].details["tokens"] == alone.numel()
+    assert plan.sites[0].nmse != plan.sites[0].holdout_nmse
 
 
 # Text that is gone through several times.
@@ -192,12 +193,11 @@ def test_batches_that_can_be_read_only_once_are_refused(form: str, same: bool) -
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_without_a_ridge_the_fit_is_least_squares(gated: bool) -> None:
-    """The neurons kept are those that x predicts worst; M, V and b are fitted together."""
+    """On training rows; the neurons kept are those x predicts worst; M, V, b are fitted together."""
     model = own_model(gated)
-    plan = folded(model, ridge=0.0, holdout=0.0, **FORMS["kept"])
-    (site,) = plan.sites
+    (site,) = folded(model, ridge=0.0, holdout=0.3, **FORMS["kept"]).sites
     weights = read_weights(model.layers[0], LAYOUTS["own gated" if gated else "own gelu"])
-    x = torch.cat(stream()).reshape(-1, WIDTH).double()
+    x = training_rows(0.3)
     hidden = torch.nn.functional.gelu(x @ weights.w1.T + weights.b1)
     if weights.w_up is not None and weights.b_up is not None:
         hidden = hidden * (x @ weights.w_up.T + weights.b_up)
@@ -215,7 +215,15 @@ def test_without_a_ridge_the_fit_is_least_squares(gated: bool) -> None:
         torch.cat(found, 1).double(), solution.T, rtol=0, atol=FIT_TOLERANCE * solution.abs().max()
     )
     assert site.nmse == pytest.approx(nmse(y - error, y), rel=ERROR_TOLERANCE)
-    assert site.holdout_nmse == site.nmse  # nothing was held out
+
+
+def training_rows(holdout: float) -> Tensor:
+    """The stream's tokens that are not held out, [tokens, d] float64."""
+    split = split_rows(stream(), ffn_config(holdout=holdout), "x")
+    parts = [
+        batch.reshape(-1, WIDTH)[train] for batch, (train, _) in zip(stream(), split, strict=True)
+    ]
+    return torch.cat(parts).double()
 
 
 def least_squares(regressors: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,6 +275,51 @@ def test_errors_in_a_transformer(name: str) -> None:
         with torch.no_grad():
             expected = nmse(by_hand(x), y)
         assert site.holdout_nmse == pytest.approx(expected, rel=10 * ERROR_TOLERANCE)
+
+
+def test_without_held_out_rows_there_is_one_error() -> None:
+    for form in FORMS:
+        (site,) = folded(own_model(False), holdout=0.0, **FORMS[form]).sites
+        assert 0 < site.nmse == site.holdout_nmse
+
+
+def folded_preactivations(model: OwnModel, site: nbl.Site, x: Tensor) -> Tensor:
+    weights = read_weights(model.layers[0], LAYOUTS["own gelu"])
+    left = torch.ones(NEURONS, dtype=torch.bool)
+    left[site.tensors.get("kept", torch.zeros(0, dtype=torch.int64))] = False
+    return x @ weights.w1[left].T + weights.b1[left]
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 1.0])
+def test_ranges_hold_the_share_that_was_asked_for(coverage: float) -> None:
+    """Of the training rows' pre-activations, all folded neurons together."""
+    model = own_model(False)
+    (site,) = folded(model, holdout=0.3, coverage=coverage, **FORMS["exact"]).sites
+    z = folded_preactivations(model, site, training_rows(0.3))
+    low, high = site.tensors["low"].double(), site.tensors["high"].double()
+    share = float(((z >= low) & (z <= high)).double().mean())
+    # Ranges end at bins, and coverages come in steps of at most 0.05.
+    assert coverage <= share <= coverage + 0.02
+    if coverage == 1.0:
+        bin_width = (z.amax(0) - z.amin(0)) / 128  # of 512 bins at least a quarter is in use
+        assert bool((z.amin(0) - low < bin_width).all())
+        assert bool((high - z.amax(0) < bin_width).all())
+
+
+def test_the_default_capacity_leaves_one_token_in_a_hundred_dense() -> None:
+    """And what the plan says of the guard is what it does on the calibration text."""
+    model = own_model(False)
+    (site,) = folded(model, keep=0.25, guard="exact", predictor="quantized_4").sites
+    layout = LAYOUTS["own gelu"]
+    by_hand = FoldedFFN(site, read_weights(model.layers[0], layout), layout.activation)
+    by_hand(torch.cat(stream()).double())
+    flagged = torch.tensor([count for count, _ in by_hand.counts])
+    needed = int(flagged.sort().values[-(-99 * len(flagged) // 100) - 1])
+    assert site.details["capacity"] == min(-(-needed // 8) * 8, 18)  # full vectors of neurons
+    assert site.details["outliers_per_token"] == pytest.approx(float(flagged.double().mean()))
+    dense = sum(dense for _, dense in by_hand.counts) / len(flagged)
+    assert site.details["dense_tokens"] == pytest.approx(dense)
+    assert dense <= 0.01
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.5, 0.99, 1.0])

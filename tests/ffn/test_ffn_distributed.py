@@ -101,8 +101,8 @@ def test_two_processes_give_the_plan_of_one(results: Path, form: str) -> None:
         (
             "nan",
             [
-                "CalibrationError: process 1 failed: layers.0: NaN or infinite inputs",
-                "CalibrationError: layers.0: NaN or infinite inputs during calibration",
+                "CalibrationError: process 1 failed: layers.0: NaN or infinite ",
+                "CalibrationError: layers.0: NaN or infinite ",
             ],
         ),
         ("no batches", ["CalibrationError: the processes saw different sites (1, 0)"] * 2),

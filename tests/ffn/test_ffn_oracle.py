@@ -20,11 +20,11 @@ MATTERS = 0.05
 FORMS_OF = {
     "llama": ("folded", "kept", "whole", "predicted"),
     "gemma3": ("kept", "whole", "predicted, low rank"),
-    "phi3": ("folded", "kept", "predicted"),
+    "phi3": ("folded", "kept", "predicted", "predicted values"),
     "gpt2": ("folded", "kept", "exact"),
     "gpt_neox": ("kept", "predicted", "exact, 8 bits"),
     "opt": ("kept", "whole", "predicted, low rank", "exact"),
-    "bert": ("folded", "kept", "predicted", "exact"),
+    "bert": ("folded", "kept", "predicted", "predicted values", "exact"),
 }
 DECODED = (
     ("llama", "kept", "DynamicCache"),
@@ -36,6 +36,7 @@ DECODED = (
     ("gpt2", "exact", "StaticCache"),
     ("gpt_neox", "exact, 8 bits", "StaticCache"),
     ("opt", "predicted, low rank", "StaticCache"),
+    ("phi3", "predicted values", "DynamicCache"),
 )
 
 

@@ -199,7 +199,7 @@ def test_the_models_of_a_plan_count_together() -> None:
     """Prefill and decode graphs, copies of the model, and a copy in another dtype."""
     one = fresh(exact("4 bits"))
     models = [one.model, copy.deepcopy(one.model), copy.deepcopy(one.model).double()]
-    some = calls(5)
+    some = calls(5)[:2]
     for model in models:
         run = torch.no_grad()(compiled_ffn(model, one.plan))
         for x in some:

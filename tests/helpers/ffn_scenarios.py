@@ -34,6 +34,13 @@ FORMS: dict[str, dict[str, Any]] = {
         "predictor": "low_rank",
         "rank": 8,
     },
+    "predicted values": {
+        "keep": 0,
+        "guard": "predicted",
+        "capacity": 0.4,
+        "predictor": "quantized_8",
+        "values": "predicted",
+    },
     "exact": {"keep": 0.25, "guard": "exact", "capacity": 0.2},
     # With room for all, the count of flagged neurons (which rounding moves) decides nothing.
     "exact, 8 bits": {"keep": 0, "guard": "exact", "capacity": 1.0, "predictor": "quantized_8"},

@@ -160,6 +160,8 @@ class FoldedFFN(nn.Module):
             return self._all.w2 @ self._neurons(self._all, x)[2] + self._all.b2
         y = self._plan["weight"] @ x + self._plan["bias"]
         y = y + self._dense.w2 @ self._neurons(self._dense, x)[2]
+        if self._site.details["values"] == "predicted":
+            gate, up, hidden = self._seen(x)
         fitted = self._fitted(gate, up)
         for neuron in chosen:
             y = y + (hidden[neuron] - fitted[neuron]) * self._folded.w2[:, neuron]
@@ -178,13 +180,17 @@ class FoldedFFN(nn.Module):
             outside = ((up < low) | (up > high)).nonzero().view(-1).tolist()
             flagged = int(((seen - slack < low) | (seen + slack > high)).sum())
             return outside, flagged, flagged > capacity
-        if self._folded.w_up is None:
-            gate, up, hidden = None, seen, self._act(seen)
-        else:
-            gate, up = seen.chunk(2)
-            hidden = self._act(gate) * up
+        gate, up, hidden = self._seen(x)
         score = (hidden - self._fitted(gate, up)).abs() * self._folded.w2.norm(dim=0)
         return score.topk(min(capacity, score.numel())).indices.tolist(), score.numel(), False
+
+    def _seen(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return (g, u, h) as the guard sees them."""
+        seen, _ = self._predicted(x)
+        if self._folded.w_up is None:
+            return None, seen, self._act(seen)
+        gate, up = seen.chunk(2)
+        return gate, up, self._act(gate) * up
 
     def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return pre-activations as the guard sees them (the gate's first), and their slack."""

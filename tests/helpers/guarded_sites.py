@@ -28,6 +28,7 @@ def plain_site(
     neurons: int = NEURONS,
     half_range: float = HALF_RANGE,
     scored: bool = True,
+    values: str = "original",
 ) -> GuardedFFN:
     """A plain FFN with ranges [−half_range, half_range] and one random slope per neuron."""
     up, up_bias, down, down_bias = _weights(width, neurons, dtype)
@@ -37,7 +38,7 @@ def plain_site(
         None, 0.3 * torch.randn(neurons), 0.3 * torch.randn(neurons), -limit, limit,
         down.float().norm(dim=1) if scored else None,
         _predictor(predictor_kind, up, up_bias, exact), activation, predictor_kind, exact, capacity,
-        overflow,
+        overflow, values=values,
     )  # fmt: skip
     return folded(unfolded)
 
@@ -52,6 +53,7 @@ def gated_site(
     dtype: torch.dtype = torch.float32,
     width: int = WIDTH,
     neurons: int = NEURONS,
+    values: str = "original",
 ) -> GuardedFFN:
     """A gated FFN with two random slopes per neuron and a threshold."""
     up, up_bias, down, down_bias = _weights(width, neurons, dtype)
@@ -64,7 +66,7 @@ def gated_site(
         gate, up, down, gate_bias, up_bias, down_bias, up.new_zeros(width, width),
         up.new_zeros(width), slopes[0], slopes[1], slopes[2], None, None,
         down.float().norm(dim=1), predictor, activation, predictor_kind, False, capacity, overflow,
-        threshold,
+        threshold, values,
     )  # fmt: skip
     return folded(unfolded)
 

@@ -31,6 +31,12 @@ SITES: dict[str, Callable[..., GuardedFFN]] = {
     "gated, 2 bits, threshold": lambda **k: gated_site(
         "quantized_2", overflow="dense", capacity=120, threshold=0.05, activation="quick_gelu", **k
     ),
+    "predicted values": lambda **k: gated_site(
+        "quantized_8", values="predicted", activation="silu", **k
+    ),
+    "predicted values, plain, threshold": lambda **k: plain_site(
+        "low_rank", capacity=14, activation="gelu", values="predicted", **k
+    ),
     "gated, no predictor": lambda **k: gated_site(
         overflow="dense", capacity=117, threshold=0.05, activation="gelu_tanh", **k
     ),
@@ -47,6 +53,8 @@ COMPILED = [
     ("certified", 1, "float32"),
     ("gated, 4 bits, truncated", 1, "bfloat16"),
     ("gated, 4 bits, truncated", 63, "bfloat16"),
+    ("predicted values", 1, "bfloat16"),
+    ("predicted values", 63, "bfloat16"),
 ]
 TARGETS = (80, 90)
 """Compute capabilities: A100, H100 and H200."""

@@ -51,6 +51,13 @@ SITES = {
     "gated, low rank, threshold": lambda **k: gated_site(
         "low_rank", overflow="dense", capacity=100, threshold=0.05, activation="gelu_tanh", **k
     ),
+    "predicted values": lambda **k: gated_site("quantized_4", values="predicted", **k),
+    "predicted values, plain": lambda **k: plain_site(
+        "low_rank", overflow="truncate", capacity=9, values="predicted", **k
+    ),
+    "predicted values, dense tokens": lambda **k: plain_site(
+        "quantized_8", capacity=14, values="predicted", **k
+    ),
     "gated, no predictor": lambda **k: gated_site(
         overflow="dense", capacity=119, threshold=0.05, **k
     ),
