@@ -19,9 +19,9 @@ certified predictor flags every neuron that may be an outlier, then keeps those 
 is the same as without a predictor. No outlier is missed in either case, and the error obeys the
 bound Σ_i |W2[j, i]| max_{z in range_i} |σ(z) − a_i z − c_i| for every input.
 
-With ``values="predicted"`` the correction, too, takes h and ĥ from the predicted pre-activations. Of
-an outlier only its column of W2 is read then, so that the same bytes hold two (gated: three) times
-as many; their values carry the predictor's error.
+With ``values="predicted"`` the correction, too, takes h and ĥ from the predicted pre-activations.
+Of an outlier only its column of W2 is read then, so that the same bytes hold two (gated: three)
+times as many; their values carry the predictor's error.
 
 A token with more flagged neurons than ``capacity`` takes the dense path (``overflow="dense"``) or
 keeps those with the largest |h − ĥ|·column_norm (``overflow="truncate"``). A token whose C x + B is

@@ -82,6 +82,21 @@ every_form = pytest.mark.parametrize("form", FORMS)
             ({"rank": value}, "rank=.* must be an integer of at least 1")
             for value in (0, -3, 1.5, "8", None, True)
         ),
+        *(
+            ({"values": value}, "values=.* must be 'original' or 'predicted'")
+            for value in ("true", "", None, True)
+        ),
+        *(
+            (
+                {"values": "predicted", **options},
+                "values='predicted' needs guard='predicted' and a predictor other than 'none'",
+            )
+            for options in (
+                {"guard": "off"},
+                {"guard": "exact", "predictor": "quantized_8"},
+                {"guard": "predicted", "predictor": "none"},
+            )
+        ),
         (
             {"guard": "exact", "predictor": "low_rank"},
             "a low-rank predictor has no certificate; for guard='exact' use 'none' or a quantized",

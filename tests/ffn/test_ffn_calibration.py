@@ -62,6 +62,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "folded": {"keep": 0},
     "kept": {"keep": 0.25},
     "predicted": {"keep": 0.25, "guard": "predicted", "capacity": 0.3},
+    "predicted values": {"keep": 0, "guard": "predicted", "values": "predicted"},
     "exact": {"keep": 0.25, "guard": "exact"},
     "exact, 8 bits": {"keep": 0, "guard": "exact", "predictor": "quantized_8"},
 }
@@ -193,7 +194,7 @@ def test_batches_that_can_be_read_only_once_are_refused(form: str, same: bool) -
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_without_a_ridge_the_fit_is_least_squares(gated: bool) -> None:
-    """On training rows; the neurons kept are those x predicts worst; M, V, b are fitted together."""
+    """On training rows; kept are the neurons that x predicts worst; M, V, b are fitted at once."""
     model = own_model(gated)
     (site,) = folded(model, ridge=0.0, holdout=0.3, **FORMS["kept"]).sites
     weights = read_weights(model.layers[0], LAYOUTS["own gated" if gated else "own gelu"])
@@ -301,15 +302,15 @@ def test_ranges_hold_the_share_that_was_asked_for(coverage: float) -> None:
     # Ranges end at bins, and coverages come in steps of at most 0.05.
     assert coverage <= share <= coverage + 0.02
     if coverage == 1.0:
-        bin_width = (z.amax(0) - z.amin(0)) / 128  # of 512 bins at least a quarter is in use
-        assert bool((z.amin(0) - low < bin_width).all())
-        assert bool((high - z.amax(0) < bin_width).all())
+        few_bins = (z.amax(0) - z.amin(0)) / 64  # of 512 bins about half are in use, or more
+        assert bool((z.amin(0) - low < few_bins).all())
+        assert bool((high - z.amax(0) < few_bins).all())
 
 
 def test_the_default_capacity_leaves_one_token_in_a_hundred_dense() -> None:
     """And what the plan says of the guard is what it does on the calibration text."""
     model = own_model(False)
-    (site,) = folded(model, keep=0.25, guard="exact", predictor="quantized_4").sites
+    (site,) = folded(model, keep=0.25, guard="exact").sites
     layout = LAYOUTS["own gelu"]
     by_hand = FoldedFFN(site, read_weights(model.layers[0], layout), layout.activation)
     by_hand(torch.cat(stream()).double())

@@ -1,0 +1,149 @@
+"""All FFNs of a decoder folded: error a layer, and perplexity against the share of neurons kept.
+
+    python benchmarks/ffn_quality.py --text calibration.jsonl --eval-text held_out.txt \\
+        --plot docs/ffn_perplexity.svg
+
+First table: a static set of kept neurons and one map for the rest. Second table: no neuron kept, a
+guard with a 4-bit predictor puts a share of the neurons right on each token; beside it the oracle,
+the same guard knowing every pre-activation. Held-out NMSE is taken on calibration text that the
+fit never saw, perplexity at 512 tokens on other text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import nbl_compiler as nbl
+from nbl_compiler.models import load_causal
+from nbl_compiler.plan import Plan
+from nbl_compiler.quality import perplexity_of
+from nbl_compiler.text import TextSource, token_batches
+
+EVERY = 1e9  # no error is too large: all FFNs are folded
+
+
+def numbers(text: str) -> list[float]:
+    return [float(item) for item in text.split(",") if item]
+
+
+def errors(plan: Plan) -> dict[str, float]:
+    """Return least, median and greatest held-out NMSE of a layer, and the share of bytes read."""
+    nmse = torch.tensor([site.holdout_nmse for site in plan.sites])
+    read = sum(site.details["parameters_read"] for site in plan.sites)
+    share = read / sum(site.details["parameters"] for site in plan.sites)
+    return {
+        "least": float(nmse.min()),
+        "median": float(nmse.median()),
+        "greatest": float(nmse.max()),
+        "bytes": share,
+    }
+
+
+def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
+    """Draw perplexity against the share of neurons kept."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+    kept = sorted(rows, key=lambda row: row["kept"])
+    axes.plot([r["kept"] for r in kept], [r["perplexity"] for r in kept], marker="o", label="nbl")
+    axes.axhline(dense, color="grey", linestyle="--", label="dense")
+    axes.set(xlabel="neurons kept, of every layer", ylabel="perplexity", yscale="log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Calibrate every form, measure, print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--text", default="python-docs")
+    parser.add_argument("--eval-text", default="python-docs")
+    parser.add_argument("--tokens", type=int, default=24_576)
+    parser.add_argument("--eval-tokens", type=int, default=8_192)
+    parser.add_argument("--keep", default="0.1,0.2,0.5,0.75", help="shares of neurons kept")
+    parser.add_argument("--capacity", default="0.05,0.1,0.2", help="shares put right by the guard")
+    parser.add_argument("--plot", type=Path, help="write a picture of perplexity against keep")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    model, tokenizer = load_causal(args.model)
+    batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
+    batches = list(batches)
+    documents = list(TextSource(args.eval_text).documents())
+
+    def fit(**form: Any) -> Plan:
+        config = nbl.Config(attention=None, ffn=nbl.FFN(max_nmse=EVERY, **form))
+        return nbl.calibrate(model, batches, config, progress=False)
+
+    def measure(plan: Plan) -> float:
+        return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
+
+    console = Console()
+    dense = measure(Plan())
+    static = []
+    for keep in numbers(args.keep):
+        plan = fit(keep=keep)
+        static.append({"kept": keep, **errors(plan), "perplexity": measure(plan)})
+        console.log(f"kept {keep:.0%}: {static[-1]}", highlight=False)
+    guarded = []
+    for capacity in numbers(args.capacity):
+        plan = fit(keep=0.0, guard="predicted", capacity=capacity)
+        oracle = fit(keep=0.0, guard="predicted", capacity=capacity, predictor="none")
+        pairs = zip(plan.sites, oracle.sites, strict=True)
+        ratios = [ours.holdout_nmse / best.holdout_nmse for ours, best in pairs]
+        recall = sum(site.details["recall"] for site in plan.sites) / len(plan.sites)
+        guarded.append({
+            "capacity": capacity, **errors(plan), "perplexity": measure(plan), "recall": recall,
+            "oracle": errors(oracle), "worst_ratio": max(ratios),
+        })  # fmt: skip
+        console.log(f"capacity {capacity:.0%}: {guarded[-1]}", highlight=False)
+    if args.plot:
+        plot(static, dense, args.plot)
+    if args.json:
+        print(json.dumps({"dense": dense, "static": static, "guarded": guarded}, indent=2))
+        return
+    console.print(static_table(static, dense, args.model), guarded_table(guarded, dense))
+
+
+def _range(row: dict[str, float]) -> str:
+    return f"{row['least']:.3f} – {row['greatest']:.3f} ({row['median']:.3f})"
+
+
+def static_table(rows: list[dict[str, Any]], dense: float, model: str) -> Table:
+    """Return the table of static sets."""
+    title = f"{model}, all FFNs folded, a static set kept; dense perplexity {dense:.1f}"
+    table = Table("kept", "held-out NMSE (median)", "bytes read", "perplexity", "/ dense",
+                  title=title, title_justify="left")  # fmt: skip
+    for row in rows:
+        table.add_row(
+            f"{row['kept']:.0%}", _range(row), f"{row['bytes']:.0%}", f"{row['perplexity']:.1f}",
+            f"{row['perplexity'] / dense:.2f}×",
+        )  # fmt: skip
+    return table
+
+
+def guarded_table(rows: list[dict[str, Any]], dense: float) -> Table:
+    """Return the table of guards."""
+    title = "no neuron kept, a guard puts some right"
+    table = Table(title=title, title_justify="left")
+    for name in ("put right", "NMSE, 4-bit predictor", "NMSE, oracle", "worst ratio", "recall",
+                 "bytes read", "perplexity", "/ dense"):  # fmt: skip
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            f"{row['capacity']:.0%}", _range(row), _range(row["oracle"]),
+            f"{row['worst_ratio']:.2f}", f"{row['recall']:.2f}", f"{row['bytes']:.0%}",
+            f"{row['perplexity']:.1f}", f"{row['perplexity'] / dense:.2f}×",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    main()
