@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nbl_compiler.batches import Batch, model_inputs
 from nbl_compiler.config import FFN, Attention, Config
@@ -22,7 +23,7 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
-from nbl_compiler.loss_ranking import rank_by_loss
+from nbl_compiler.loss_ranking import TRIAL_TOKENS, rank_by_loss
 from nbl_compiler.observe import Observation
 from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
@@ -34,6 +35,8 @@ from nbl_compiler.text_pass import device_of, observe, observe_again
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and
 # the ridge still find a usable one.
 MIN_TOKENS = 16
+# Share of the text that trials (``rank_by="loss"``) may keep from the fit.
+MOST_ASIDE = 0.2
 
 
 def calibrate(
@@ -237,17 +240,31 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
 def _all_but_last(
     model: nn.Module, batches: Iterable[Batch], aside: list[dict[str, Any]]
 ) -> Iterator[Batch]:
-    """Yield the batches but the last, which goes ``aside``; a single batch serves both ends."""
-    previous: Batch | None = None
-    count = 0
+    """Yield the batches but the last few, which go ``aside``; a single batch serves both ends.
+
+    Enough are held back for trials, if they are no more than ``MOST_ASIDE`` of all tokens.
+    """
+    held: deque[Batch] = deque()
+    total = 0
     for batch in batches:
-        if previous is not None:
-            yield previous
-        previous, count = batch, count + 1
-    if previous is not None:
-        aside.append(model_inputs(model, previous, device_of(model)))
-        if count == 1:
-            yield previous
+        held.append(batch)
+        total += _tokens(batch)
+        while sum(map(_tokens, held)) - _tokens(held[0]) >= TRIAL_TOKENS:
+            yield held.popleft()
+    while len(held) > 1 and sum(map(_tokens, held)) > MOST_ASIDE * total:
+        yield held.popleft()
+    aside.extend(model_inputs(model, batch, device_of(model)) for batch in held)
+    if held and total == _tokens(held[0]):
+        yield held[0]
+
+
+def _tokens(batch: Batch) -> int:
+    """Return how many tokens a batch holds, padding included."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    first = next((v for v in values if isinstance(v, Tensor)), None)
+    return 0 if first is None else first.shape[:2].numel()
 
 
 def _check_tokens(observation: Observation) -> None:

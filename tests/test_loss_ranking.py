@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from models.architectures import inputs, make
 
 import nbl_compiler as nbl
+from nbl_compiler import calibration
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.loss_ranking import greedy_order
+from nbl_compiler.loss_ranking import TRIAL_TOKENS, greedy_order
 
 # float32 forward passes of a tiny model, compared through a softmax
 KL_ROUNDING = 1e-6
@@ -47,6 +48,27 @@ def test_the_loss_of_a_site_is_the_divergence_its_map_causes():
     expected = (dense.exp() * (dense - ours)).sum(-1).mean().item()
     assert site.details["loss"] == pytest.approx(expected, abs=KL_ROUNDING)
     assert site.details["loss"] == min(s.details["loss"] for s in plan.sites)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_what_trials_keep_from_the_fit(rows):
+    """Batches of 64 tokens a row: enough for the trials, and a fifth of the text at most."""
+    model, aside = make("llama", layers=1), []
+    batches = [torch.ones(count, 64, dtype=torch.long) for count in rows]
+    fitted = list(calibration._all_but_last(model, iter(batches), aside))
+    kept = sum(batch["input_ids"].numel() for batch in aside)
+    total = 64 * sum(rows)
+    if len(rows) == 1:
+        assert len(fitted) == len(aside) == 1
+        return
+    assert sum(map(torch.numel, fitted)) + kept == total
+    assert aside
+    last = batches[-1].numel()
+    assert kept <= max(calibration.MOST_ASIDE * total, last)
+    smallest = kept - aside[0]["input_ids"].numel()
+    assert smallest < TRIAL_TOKENS  # no batch more than trials need
+    room = calibration.MOST_ASIDE * total >= TRIAL_TOKENS + max(b.numel() for b in batches)
+    assert kept >= TRIAL_TOKENS or not room
 
 
 def test_a_model_without_logits_is_refused():

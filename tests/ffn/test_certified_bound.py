@@ -68,7 +68,7 @@ class Alone(nn.Module):
 
 @dataclass(frozen=True)
 class Weights:
-    """An FFN in float64 with its plan's fits; a kept neuron has slope and intercept 0."""
+    """An FFN in float64 with its plan's fits; those of kept neurons (not ``folded``) are 0."""
 
     w1: Tensor
     b1: Tensor
@@ -78,6 +78,7 @@ class Weights:
     intercept: Tensor
     low: Tensor
     high: Tensor
+    folded: Tensor
     matrix: Tensor
     bias: Tensor
 
@@ -91,12 +92,14 @@ class Subject:
         compiled: The same behind the plan.
         site: The plan's site.
         weights: For computing by hand.
+        activation: σ.
     """
 
     dense: dict[torch.dtype, Callable[[Tensor], Tensor]]
     compiled: dict[torch.dtype, Callable[[Tensor], Tensor]]
     site: Site
     weights: Weights
+    activation: nn.Module
 
     @property
     def bound(self) -> Tensor:
@@ -128,6 +131,21 @@ class Subject:
         terms = hidden @ one.w2.abs().T + one.b2.abs() + affine
         return 4 * unit / (1 - unit) * terms + STORED * affine
 
+    def formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the plan ought to change, and for which inputs rounding has no say in it.
+
+        Σ_{i in range} W2[:, i] (ĥ_i − h_i), [tokens, d_out] float64, unless the token runs dense;
+        and bool [tokens]: whether all pre-activations are clear of the ends of their ranges.
+        """
+        one, act = self.weights, self.activation
+        z = x @ one.w1.T + one.b1
+        inside = (z >= one.low) & (z <= one.high) & one.folded
+        residual = torch.where(inside, one.slope * z + one.intercept - act(z), 0.0)
+        reach = x.abs() @ one.w1.abs().T + one.b1.abs()
+        distance = torch.minimum((z - one.low).abs(), (z - one.high).abs())
+        clear = (distance > 1e-12 * reach) | ~one.folded
+        return residual @ one.w2.T, clear.all(1)
+
 
 def own_ffn(family: str, width: int = WIDTH, neurons: int = NEURONS) -> OwnFFN:
     torch.manual_seed(1)
@@ -140,14 +158,17 @@ def own_ffn(family: str, width: int = WIDTH, neurons: int = NEURONS) -> OwnFFN:
     return ffn.eval()
 
 
-def make(model: nn.Module, plan: nbl.Plan, ffn_of: Callable[[nn.Module], nn.Module]) -> Subject:
+def make(
+    family: str, model: nn.Module, plan: nbl.Plan, ffn_of: Callable[[nn.Module], nn.Module]
+) -> Subject:
     """Return the model's FFN, compiled by itself, and its plan's only site."""
     nbl.attach(model, None)
     (site,) = plan.rewritten
     models = {torch.float32: model, torch.float64: copy.deepcopy(model).double()}
     dense = {dtype: Alone(ffn_of(one)).eval() for dtype, one in models.items()}
     compiled = {dtype: compiled_ffn(one, plan, dynamic=True) for dtype, one in dense.items()}
-    return Subject(dense, compiled, site, read_weights(dense[torch.float64], site))
+    weights = read_weights(dense[torch.float64], site)
+    return Subject(dense, compiled, site, weights, ACTIVATIONS[family])
 
 
 def read_weights(dense: nn.Module, site: Site) -> Weights:
@@ -162,7 +183,7 @@ def read_weights(dense: nn.Module, site: Site) -> Weights:
     names = ("up_slope", "intercept", "low", "high")
     fits[:, left] = torch.stack([site.tensors[name].double() for name in names])
     return Weights(
-        w1, first.bias.detach(), w2, second.bias.detach(), *fits,
+        w1, first.bias.detach(), w2, second.bias.detach(), *fits, left,
         site.tensors["weight"].double(), site.tensors["bias"].double(),
     )  # fmt: skip
 
@@ -171,7 +192,7 @@ def read_weights(dense: nn.Module, site: Site) -> Weights:
 def subject(family: str, form: str) -> Subject:
     model = Alone(own_ffn(family)).eval()
     plan = folded(model, keep=0.25, guard="exact", **FORMS[form])
-    return make(model, plan, lambda one: one.ffn)
+    return make(family, model, plan, lambda one: one.ffn)
 
 
 def assert_within_bound(one: Subject, x: Tensor) -> None:
@@ -189,17 +210,29 @@ magnitudes = st.one_of(
 
 
 def variations(one: Subject, x: Tensor) -> Tensor:
-    """Return x [d] at several scales and, for every neuron, moved to either end of its range.
+    """Return x [d] at several scales and, for every neuron, moved about either end of its range.
 
-    Inside by a hair, on it, and outside by a hair: there the guard must decide.
+    There the guard must decide, by a predictor or not.
     """
     weights = one.weights
-    z = weights.w1 @ x + weights.b1
-    ends = [weights.low, weights.high]
-    ends += [end + side * 1e-6 * (1 + end.abs()) for end in ends for side in (-1.0, 1.0)]
-    step = weights.w1 / weights.w1.square().sum(1, keepdim=True)
-    moved = [x + (end - z)[:, None] * step for end in ends]
+    z, step = weights.w1 @ x + weights.b1, weights.w1 / weights.w1.square().sum(1, keepdim=True)
+    size = weights.high - weights.low
+    moved = [
+        x + (end + share * size - z)[:, None] * step
+        for end in (weights.low, weights.high)
+        for share in (-0.3, -0.03, -1e-6, 0.0, 1e-6, 0.03)
+    ]
     return torch.cat([torch.stack([x, -x, 1e3 * x, 1e-3 * x, 0 * x]), *moved])
+
+
+def assert_by_formula(one: Subject, x: Tensor) -> None:
+    """Check that exactly the neurons in range are folded, whatever a predictor thinks of them."""
+    expected, clear = one.formula(x)
+    error, allowance = one.error(x), one.allowance(x)
+    right = ((error - expected).abs() <= allowance).all(1)
+    if one.site.details["capacity"] < int(one.weights.folded.sum()):
+        right |= (error.abs() <= allowance).all(1)  # on the dense path
+    assert bool(right[clear].all())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +246,9 @@ def variations(one: Subject, x: Tensor) -> Tensor:
 @given(vector=st.lists(magnitudes, min_size=WIDTH, max_size=WIDTH))
 def test_no_input_exceeds_the_bound(family: str, form: str, vector: list[float]) -> None:
     one = subject(family, form)
-    assert_within_bound(one, variations(one, torch.tensor(vector, dtype=torch.float64)))
+    x = variations(one, torch.tensor(vector, dtype=torch.float64))
+    assert_within_bound(one, x)
+    assert_by_formula(one, x)
 
 
 # Inputs that were searched for.
@@ -268,11 +303,11 @@ def test_the_worst_input_is_as_bad_as_the_formula_says(family: str, predictor: s
     model = Alone(own_ffn(family, width=24, neurons=16)).eval()
     batches = [rows(seed=seed, width=24) for seed in range(3)]
     plan = folded(model, batches, keep=0, guard="exact", predictor=predictor, capacity=1.0)
-    one = make(model, plan, lambda alone: alone.ffn)
-    weights, act = one.weights, ACTIVATIONS[family]
+    one = make(family, model, plan, lambda alone: alone.ffn)
+    weights = one.weights
     inside = torch.linspace(1e-9, 1 - 1e-9, 4001, dtype=torch.float64)[:, None]
     z = weights.low + inside * (weights.high - weights.low)
-    residual = weights.slope * z + weights.intercept - act(z)
+    residual = weights.slope * z + weights.intercept - one.activation(z)
     shares = []
     for output in range(one.bound.numel()):
         for sign in (1.0, -1.0):
@@ -295,10 +330,10 @@ def test_the_bound_belongs_to_these_ranges() -> None:
     (site,) = plan.sites
     far = torch.full_like(site.tensors["low"], 1e6)
     unguarded = replace(site, tensors={**site.tensors, "low": -far, "high": far})
-    one = make(model, replace(plan, sites=(unguarded,)), lambda alone: alone.ffn)
+    one = make("bert", model, replace(plan, sites=(unguarded,)), lambda alone: alone.ffn)
     x = 4 * rows(seed=9).reshape(-1, WIDTH)
     assert bool((one.error(x).abs() > one.bound + one.allowance(x)).any(1).double().mean() > 0.5)
-    guarded = make(model, plan, lambda alone: alone.ffn)
+    guarded = make("bert", model, plan, lambda alone: alone.ffn)
     assert_within_bound(guarded, x)
 
 
@@ -333,10 +368,12 @@ def test_the_ffn_of_a_transformer(
     """Calibrated inside its model, then compiled by itself, so that it can be given any input."""
     model = tiny(family, layers=1)
     options = ffn_config(keep=0.25, guard="exact", predictor=predictor)
-    one = make(model, nbl.calibrate(model, texts(), options, progress=False), ffn_of)
+    plan = nbl.calibrate(model, texts(), options, progress=False)
+    one = make(family, model, plan, ffn_of)
     directions = torch.randn(200, HIDDEN, generator=torch.Generator().manual_seed(4)).double()
     for scale in (1e-30, 1e-3, 0.3, 1.0, 4.0, 1e3, 1e30):
         assert_within_bound(one, scale * directions)
+        assert_by_formula(one, scale * directions)
     start = directions[:2] / directions[:2].norm(dim=1, keepdim=True)
     found, shares = sign_attack(one, start, steps=12)
     assert_within_bound(one, found)

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.ffn_surgery import LAYOUTS, fold_by_surgery, folded_parts, read_weights
+from helpers.ffn_calibrating import dense_inputs
+from helpers.ffn_surgery import (
+    LAYOUTS,
+    Layout,
+    Weights,
+    fold_by_surgery,
+    folded_parts,
+    read_weights,
+)
 from helpers.own_ffn import NEURONS, WIDTH, OwnModel, compiled_ffn, folded, own_model, rows, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +34,7 @@ from nbl_compiler.errors import (
     PlanMismatchError,
     WeightsReleasedError,
 )
+from nbl_compiler.lowering.predictors import NORM_SLACK
 from nbl_compiler.plan import Site
 
 KEEP = 0.25
@@ -65,23 +74,78 @@ class Subject:
         """Return the compiled model; it runs without gradients."""
         return torch.no_grad()(compiled_ffn(self.model, self.plan, **options))
 
+    @property
+    def layout(self) -> Layout:
+        """Of the FFNs."""
+        return LAYOUTS["own gated" if self.gated else "own gelu"]
+
+    def folded_weights(self, layer: int) -> Weights:
+        """The folded neurons of one FFN, in float64."""
+        left = torch.ones(NEURONS, dtype=torch.bool)
+        left[self.plan.sites[layer].tensors["kept"]] = False
+        return read_weights(self.model.layers[layer], self.layout).select(left)
+
     def count(self, calls: list[Tensor]) -> dict[str, GuardCounts]:
-        """Count by hand, token by token, what the guards do in these calls."""
-        layout = LAYOUTS["own gated" if self.gated else "own gelu"]
-        oracle = fold_by_surgery(self.model, self.plan, layout).double()
+        """Count by hand what the guards do in these calls."""
+        oracle = fold_by_surgery(self.model, self.plan, self.layout).double()
+        seen: list[list[Tensor]] = []
+        for part in folded_parts(oracle):
+            seen.append([torch.zeros(0, WIDTH, dtype=torch.float64)])
+            part.register_forward_pre_hook(lambda _, args, own=seen[-1]: own.append(args[0]))
         for x in calls:
             if x.numel():
                 oracle(x.double())
-        seen = [part.counts for part in folded_parts(oracle)]
-        return {
-            name: GuardCounts(
-                len(counts),
-                sum(flagged for flagged, _ in counts),
-                max((flagged for flagged, _ in counts), default=0),
-                sum(dense for _, dense in counts),
+        counts = {}
+        for layer, (site, own) in enumerate(zip(self.plan.sites, seen, strict=True)):
+            flagged = self._flagged(layer, torch.cat([x.reshape(-1, WIDTH) for x in own]))
+            dense = flagged > site.details["capacity"]
+            counts[site.name] = GuardCounts(
+                len(flagged),
+                int(flagged.sum()),
+                max(flagged.tolist(), default=0),
+                int(dense.sum()) if site.details["guard"] == "exact" else 0,
             )
-            for name, counts in zip(self.names, seen, strict=True)
-        }
+        return counts
+
+    def _flagged(self, layer: int, x: Tensor) -> Tensor:
+        """Flagged neurons per token, [tokens]."""
+        site = self.plan.sites[layer]
+        if site.details["guard"] == "predicted":
+            return torch.full((len(x),), FOLDED)
+        if site.details["predictor"] == "none":
+            z, slack = preactivations(self.folded_weights(layer), x), torch.zeros(())
+        else:
+            z, slack = predictions(site, x), certificate(site, x)
+        low, high = site.tensors["low"].double(), site.tensors["high"].double()
+        return ((z - slack < low) | (z + slack > high)).sum(1)
+
+
+def preactivations(weights: Weights, x: Tensor) -> Tensor:
+    """The neurons' pre-activations, of gated ones the gate's first."""
+    first = x @ weights.w1.T + weights.b1
+    if weights.w_up is None or weights.b_up is None:
+        return first
+    return torch.cat([first, x @ weights.w_up.T + weights.b_up], dim=1)
+
+
+def predictions(site: Site, x: Tensor) -> Tensor:
+    """The same as the site's predictor says."""
+    stored = [site.tensors[f"predictor_{i}"] for i in range(4) if f"predictor_{i}" in site.tensors]
+    if site.details["predictor"] == "low_rank":
+        basis, coefficients, offset = (tensor.double() for tensor in stored)
+        return x @ basis.T @ coefficients.T + offset
+    codes, (scale, shift, offset) = stored[0].long(), (tensor.double() for tensor in stored[1:])
+    bits = int(site.details["predictor"][-1])
+    planes = [(codes >> place) % 2**bits for place in range(0, 8, bits)]
+    unpacked = torch.cat(planes, dim=1).double() * scale[:, None] + shift[:, None]
+    return x @ unpacked.T + offset
+
+
+def certificate(site: Site, x: Tensor) -> Tensor:
+    """How far its predictions may be off, norms being widened for their own rounding."""
+    radius, rounding, centre = (site.tensors[f"predictor_{i}"].double() for i in range(4, 7))
+    distance = (x - centre).norm(dim=1, keepdim=True) * NORM_SLACK
+    return distance * radius + (x.norm(dim=1, keepdim=True) * NORM_SLACK + 1) * rounding
 
 
 @cache
@@ -232,6 +296,19 @@ def test_counters_outlive_the_mode_they_were_made_in(modes: tuple[Any, Any]) -> 
             assert nbl.guard_counts(one.plan)["layers.0"].tokens == 7
 
 
+def test_the_devices_of_a_plan_count_together() -> None:
+    """Two names of one device stand for two."""
+    one = fresh(exact("true", layers=1))
+    one.compile()(rows(1, 4))
+    before = nbl.guard_counts(one.plan)["layers.0"]
+    other = one.plan.counters("layers.0", torch.device("cpu", 0))
+    other.copy_(torch.tensor([2, 50, 17, 1]))
+    counted = nbl.guard_counts(one.plan)["layers.0"]
+    assert counted == GuardCounts(6, before.outliers + 50, 17, before.dense_tokens + 1)
+    nbl.reset_guard_counts(one.plan)
+    assert nbl.guard_counts(one.plan) == {"layers.0": NOTHING}
+
+
 def test_means_and_sums() -> None:
     counts = GuardCounts(tokens=8, outliers=20, most_outliers=6, dense_tokens=2)
     assert (counts.outliers_per_token, counts.dense_share) == (2.5, 0.25)
@@ -261,54 +338,22 @@ def test_plans_without_a_guard(form: str) -> None:
 # Recall.
 
 
-def preactivations(site: Site, x: Tensor) -> Tensor:
-    """What the site's predictor says of the folded neurons' pre-activations, gate first."""
-    given_tensors = {name: tensor.double() for name, tensor in site.tensors.items()}
-    parts = [given_tensors[f"predictor_{i}"] for i in range(3)]
-    if site.details["predictor"] == "low_rank":
-        basis, coefficients, offset = parts
-        return x @ basis.T @ coefficients.T + offset
-    codes = site.tensors["predictor_0"]
-    if site.details["predictor"] == "quantized_4":  # two columns a byte, half a row apart
-        codes = torch.cat([codes & 15, codes >> 4], dim=1)
-    _, scale, shift = parts
-    unpacked = codes.double() * scale[:, None] + shift[:, None]
-    return x @ unpacked.T + given_tensors["predictor_3"]
-
-
 def recall_by_hand(one: Subject, layer: int, x: Tensor) -> float:
     """Share of each token's truly worst neurons that are among those predicted to be."""
-    site = one.plan.sites[layer]
-    whole = read_weights(one.model.layers[layer], LAYOUTS["own gated" if one.gated else "own gelu"])
-    left = torch.ones(NEURONS, dtype=torch.bool)
-    left[site.tensors["kept"]] = False
-    weights = whole.select(left)
-    slopes = {k: site.tensors[k].double() for k in site.tensors if "slope" in k or k == "intercept"}
-    true = x @ weights.w1.T + weights.b1
-    if weights.w_up is not None and weights.b_up is not None:
-        true = torch.cat([true, x @ weights.w_up.T + weights.b_up], dim=1)
+    site, weights = one.plan.sites[layer], one.folded_weights(layer)
+    fit = {name: site.tensors[name].double() for name in ("up_slope", "intercept")}
+    gate_slope = site.tensors.get("gate_slope", torch.zeros(())).double()
 
     def worst(z: Tensor) -> Tensor:
-        first, last = z[:, :FOLDED], z[:, -FOLDED:]
-        hidden = F.gelu(first) * last if one.gated else F.gelu(first)
-        fit = slopes["up_slope"] * last + slopes["intercept"]
-        fit = fit + slopes["gate_slope"] * first if one.gated else fit
-        score = (hidden - fit).abs() * weights.w2.norm(dim=0)
+        gate, up = z[:, :FOLDED], z[:, -FOLDED:]
+        hidden = F.gelu(gate) * up if one.gated else F.gelu(up)
+        fitted = fit["up_slope"] * up + gate_slope * gate + fit["intercept"]
+        score = (hidden - fitted).abs() * weights.w2.norm(dim=0)
         chosen = score.topk(site.details["capacity"], dim=1).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, chosen, True)
 
-    wanted = worst(true)
-    return float((worst(preactivations(site, x)) & wanted).sum() / wanted.sum())
-
-
-def dense_inputs(model: OwnModel, x: Tensor) -> list[Tensor]:
-    """What every FFN reads in the dense model, [tokens, d] float64."""
-    read, x = [], x.reshape(-1, WIDTH).double()
-    with torch.no_grad():
-        for layer in copy.deepcopy(model).double().layers:
-            read.append(x)
-            x = x + layer(x)
-    return read
+    wanted = worst(preactivations(weights, x))
+    return float((worst(predictions(site, x)) & wanted).sum() / wanted.sum())
 
 
 @pytest.mark.parametrize(
