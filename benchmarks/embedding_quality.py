@@ -24,9 +24,11 @@ from nbl_compiler.text import TextSource
 
 FORMS = {
     "keep 22 %": nbl.FFN(keep=0.22),
-    "keep 10 %, guard predicted 5 %": nbl.FFN(keep=0.10, guard="predicted", capacity=0.05),
-    "keep 0 %, guard predicted 15 %": nbl.FFN(keep=0.0, guard="predicted", capacity=0.15),
-    "keep 0 %, guard exact": nbl.FFN(keep=0.0, guard="exact", coverage=0.9),
+    "put right 15 %": nbl.FFN(keep=0.0, guard="predicted", capacity=0.15),
+    "put right 30 %, predicted values": nbl.FFN(
+        keep=0.0, guard="predicted", capacity=0.30, values="predicted"
+    ),
+    "exact, ranges hold 90 %": nbl.FFN(keep=0.0, guard="exact", coverage=0.9),
 }
 
 
@@ -63,8 +65,9 @@ def main() -> None:
     parser.add_argument("--model", default=MINILM)
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--eval-text", default="python-docs")
-    parser.add_argument("--texts", type=int, default=1024, help="for calibration")
-    parser.add_argument("--eval-texts", type=int, default=256)
+    parser.add_argument("--texts", type=int, default=256, help="for calibration")
+    parser.add_argument("--eval-texts", type=int, default=128)
+    parser.add_argument("--forms", help="some of them, such as 1,3; by default all")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     path = resolve(args.model)
@@ -75,7 +78,8 @@ def main() -> None:
     calibration, held_out = batches(known, tokenizer), batches(unseen, tokenizer)
     dense = embed(model, held_out)
     rows = []
-    for name, ffn in FORMS.items():
+    wanted = [int(item) for item in args.forms.split(",")] if args.forms else range(len(FORMS))
+    for name, ffn in (list(FORMS.items())[place] for place in wanted):
         sites = model.config.num_hidden_layers
         config = nbl.Config(attention=None, ffn=nbl.FFN(**{**vars(ffn), "count": sites}))
         plan = nbl.calibrate(model, calibration, config, progress=False)

@@ -116,6 +116,10 @@ def contenders(sites: list[GuardedFFN], keep: float) -> list[Contender]:
     for name in ("4 bits", "2 bits", f"rank {RANK}"):
         guarded = [_with_predictor(site, name) for site in sites]
         forms.append(_guarded(f"guarded, {name}", guarded))
+        if name == "4 bits":  # three times as many for the same gathered bytes
+            more = {"values": "predicted", "capacity": 3 * guarded[0].capacity}
+            by_prediction = [replace(site, **more) for site in guarded]
+            forms.append(_guarded("guarded, 4 bits, predicted values, 3 × capacity", by_prediction))
     return forms
 
 
@@ -140,7 +144,8 @@ def _guarded(name: str, sites: list[GuardedFFN]) -> Contender:
     site = sites[0]
     f, d = site.up.shape
     slopes = 4 * 4 * f  # two slopes, intercept and norm of every neuron
-    read = tensor_bytes(site.predictor) + 4 * (d * d + 3 * site.selected * d) + slopes
+    gathered = 1 if site.corrects_by_prediction else 3  # rows of d an outlier
+    read = tensor_bytes(site.predictor) + 4 * (d * d + gathered * site.selected * d) + slopes
 
     def call(x: Tensor, *arguments: object) -> Tensor:
         return torch.ops.nbl.guarded_ffn(x, *arguments)[0]
@@ -149,7 +154,7 @@ def _guarded(name: str, sites: list[GuardedFFN]) -> Contender:
     layers = tuple(_bound(compiled, s.arguments()) for s in sites)
     predictor = RANK * (d + 2 * f) if site.predictor_kind == "low_rank" else 2 * f * d
     # Beyond a few tokens all neurons are computed and masked.
-    products = 3 * f * d + d * d + predictor
+    products = gathered * f * d + d * d + predictor
     return Contender(name, layers, lambda x: reference(site, x).output, read, products)
 
 

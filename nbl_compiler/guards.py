@@ -12,6 +12,8 @@ from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import RecallStage, Stage
 from nbl_compiler.guard_counters import GuardCounts, read
 from nbl_compiler.plan import Plan
+from nbl_compiler.registry import check_weights
+from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.text_pass import observe_again
 
 
@@ -48,6 +50,9 @@ def guard_recall(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, float]
     guarded = {site.name: site for site in plan.rewritten if site.details.get("form") == "guarded"}
     if not guarded:
         raise ConfigError("the plan has no guarded FFN; calibrate with FFN(guard=...)")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
+    refuse_released(model.parameters(), "measuring recall")
+    check_weights(dict(model.named_parameters()), plan, type(model).__name__)
     stages: dict[str, RecallStage] = {}
 
     def begin(site: FFNSite) -> Stage | None:

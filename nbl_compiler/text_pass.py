@@ -12,7 +12,7 @@ from torch import nn
 from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
 from nbl_compiler.config import Config
 from nbl_compiler.distributed import fail_together
-from nbl_compiler.errors import NBLError
+from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.observe import Observation, Observer
@@ -53,7 +53,15 @@ def observe_again(
 ) -> None:
     """Run a further pass over the FFN sites for which ``begin`` returns a stage."""
     observer = Observer(config, attention=False, begin_ffn=begin)
-    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
+
+    def check_seen() -> None:
+        if not observer.ffn_names:
+            raise CalibrationError(
+                "the batches could be gone through only once, but FFNs take several passes; give "
+                "a list of batches, or an iterator (whose batches are kept)"
+            )
+
+    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None, check_seen)
     assert seen.ffn is not None
     for stage in seen.ffn.stages.values():
         stage.merge_across_processes()
@@ -66,11 +74,13 @@ def _run(
     title: str,
     progress: bool,
     check: Callable[[], None],
+    check_seen: Callable[[], None] = lambda: None,
 ) -> Observation:
     """Run the model over the batches; if that fails, it fails in every process."""
     error = None
     try:
         _run_batches(model, batches, observer, title, progress, check)
+        check_seen()
         observation = observer.finish()
     except NBLError as failure:
         error = failure

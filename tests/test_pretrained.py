@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ffn_surgery import LAYOUTS, fold_by_surgery
 from helpers.surgery import linearize_by_surgery
 from torch import Tensor, nn
 
@@ -49,11 +50,11 @@ def compiled(case: Calibrated, lowering: str = "eager") -> Any:
     return torch.compile(case.model, backend="nbl", options=options)
 
 
-def expected_tokens(case: Calibrated) -> tuple[Tensor, Tensor]:
-    """Return 32 greedy tokens of the surgery model and the logits that chose them, uncached."""
+def expected_tokens(case: Calibrated, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """Return greedy tokens of the surgery model and the logits that chose them, uncached."""
     ids = case.prompt
     with torch.no_grad():
-        for _ in range(STEPS):
+        for _ in range(steps):
             logits = case.surgery(ids, use_cache=False, logits_to_keep=1).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         logits = case.surgery(ids, use_cache=False).logits
@@ -139,3 +140,63 @@ def test_minilm_embeddings_stay_close():
 
     cosine = (embed(dense) * embed(ours)).sum(-1).mean().item()
     assert cosine > 0.9
+
+
+def test_gemma_with_linear_attention_and_folded_ffns_through_inductor():
+    """A static set in one FFN, a guard in another, attention in a third layer: one plan."""
+    model, tokenizer = load_causal(GEMMA)
+    batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=2048))
+    parts = [
+        nbl.Config(attention=nbl.Attention(layers=(15,)), ffn=nbl.FFN(layers=(16,), keep=0.5)),
+        nbl.Config(attention=None, ffn=nbl.FFN(layers=(13,), keep=0.1, guard="predicted")),
+    ]
+    first, second = (nbl.calibrate(model, batches, part, progress=False) for part in parts)
+    sites = (*first.rewritten, *second.rewritten)
+    plan = nbl.Plan(sites, first.fingerprint, first.model)
+    assert [site.kind for site in sites] == ["attention", "ffn", "ffn"]
+    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    surgery = fold_by_surgery(model, plan, LAYOUTS["gemma3"])
+    case = Calibrated(model, tokenizer, plan, surgery, prompt)
+    steps = 6  # the oracle takes one token after the other
+    tokens, logits = expected_tokens(case, steps)
+    fast = compiled(case, "inductor")
+    made = greedy(fast, prompt, nbl.cache(model, plan, prompt.shape[1] + steps), steps)
+    assert torch.equal(made, tokens)
+    with torch.no_grad():
+        ours = fast(torch.cat([prompt, tokens], 1), use_cache=False).logits
+        dense = model(torch.cat([prompt, tokens], 1), use_cache=False).logits
+    ours, dense = (t[:, prompt.shape[1] - 1 : -1] for t in (ours, dense))
+    torch.testing.assert_close(ours, logits, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING)
+    assert (ours - dense).abs().max() > 100 * LOGIT_ROUNDING  # the plan's maps do matter
+
+
+@pytest.mark.parametrize(
+    ("form", "lowering", "least"),
+    [
+        ({"keep": 0.5}, "inductor", 0.9),
+        ({"keep": 0.1, "guard": "predicted", "capacity": 0.2}, "inductor", 0.9),
+        ({"keep": 0.0, "guard": "exact", "coverage": 0.8}, "eager", 0.8),
+    ],
+)
+def test_minilm_with_every_ffn_folded(form: dict[str, Any], lowering: str, least: float):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = resolve(MINILM)
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration, held_out = python_docs_parts()
+    batches = list(token_batches(calibration, tokenizer, tokens=2048, length=128, batch=16))
+    config = nbl.Config(attention=None, ffn=nbl.FFN(count=6, **form))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    assert len(plan.rewritten) == 6
+    sentences = [line for document in held_out for line in document.split("\n\n")][:4]
+    given = tokenizer(sentences, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    options = {"lowering": lowering, "strict": True}
+    fast = torch.compile(model, backend="nbl", options=options)
+    surgery = fold_by_surgery(model, plan, LAYOUTS["bert"])
+    with torch.no_grad():
+        dense, ours, oracle = (m(**given).last_hidden_state for m in (model, fast, surgery))
+    mask = given["attention_mask"][..., None]
+    torch.testing.assert_close(ours * mask, oracle * mask, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING)
+    cosine = nn.functional.cosine_similarity((dense * mask).sum(1), (ours * mask).sum(1))
+    assert least < cosine.mean().item() < 1 - 1e-6

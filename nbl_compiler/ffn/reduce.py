@@ -19,7 +19,17 @@ def all_sum(*tensors: Tensor) -> None:
     """Replace every tensor, in place, by its sum over the processes."""
     if several_processes():
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _reduce(tensor, dist.ReduceOp.SUM)
+
+
+def _reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    """Reduce in place; NCCL takes tensors on the GPU alone, and counters live on the host."""
+    if dist.get_backend() != "nccl" or tensor.is_cuda:
+        dist.all_reduce(tensor, op=op)
+        return
+    moved = tensor.cuda()
+    dist.all_reduce(moved, op=op)
+    tensor.copy_(moved)
 
 
 def merged_moments(moments: AnyMoments) -> AnyMoments:
@@ -49,8 +59,8 @@ def merged_histogram(histogram: RangeHistogram) -> RangeHistogram:
     if not several_processes():
         return histogram
     lowest, highest = histogram.minimum.clone(), histogram.maximum.clone()
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    _reduce(lowest, dist.ReduceOp.MIN)
+    _reduce(highest, dist.ReduceOp.MAX)
     merged = histogram.covering(lowest, highest)
     tokens = torch.tensor([merged.tokens])
     all_sum(merged.counts, tokens)

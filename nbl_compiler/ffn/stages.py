@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbl_compiler.errors import CalibrationError
 from nbl_compiler.ffn.reduce import all_sum, merged_histogram, merged_moments
 from nbl_compiler.ffn.sites import FFNRows, FFNSite
 from nbl_compiler.lowering.guarded_ffn import (
     choose,
     correction,
+    put_right,
     reference,
+    true_outliers,
     true_preactivations,
     unpredicted,
 )
@@ -58,6 +61,11 @@ class NeuronStage:
             return
         self.moments.observe(rows.x, rows.hidden)
         self.energy += rows.output.double().square().sum().cpu()
+        if not bool(self.energy.isfinite()):  # nothing else of an exact guard's passes looks at y
+            raise CalibrationError(
+                f"{self.moments.name}: NaN or infinite outputs during calibration; run the model "
+                "in a wider dtype (float32 or bfloat16) or drop the text that causes it"
+            )
         if self.histogram is not None:
             weights = self._weights
             self.histogram.observe(F.linear(rows.x, weights.w1, weights.b1))
@@ -205,8 +213,8 @@ class RecallStage:
 
     def add(self, rows: FFNRows, *, held: bool) -> None:
         x = _wide(rows.x)
-        wanted = choose(self._truth, x)[1]
-        self.found += (choose(self._guarded, x)[1] & wanted).sum().cpu()
+        wanted = true_outliers(self._truth, x)
+        self.found += (put_right(self._guarded, x) & wanted).sum().cpu()
         self.true += wanted.sum().cpu()
 
     def merge_across_processes(self) -> None:

@@ -130,8 +130,21 @@ def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
         site: The FFN and its guard.
         x: Inputs [..., d].
     """
-    truth = unpredicted(site)
-    return recall(choose(site, x)[1], choose(truth, x)[1])
+    return recall(put_right(site, x), true_outliers(unpredicted(site), x))
+
+
+def put_right(site: GuardedFFN, x: Tensor) -> Tensor:
+    """Which neurons come out as in the dense FFN: S, and all of a token on the dense path."""
+    candidates, chosen = choose(site, x)
+    if site.overflow == "dense":
+        chosen = chosen | (candidates.sum(-1, keepdim=True) > site.capacity)
+    return chosen
+
+
+def true_outliers(truth: GuardedFFN, x: Tensor) -> Tensor:
+    """What a guard without predictor flags; where the capacity truncates, what it corrects."""
+    candidates, chosen = choose(truth, x)
+    return candidates if truth.overflow == "dense" else chosen
 
 
 def unpredicted(site: GuardedFFN) -> GuardedFFN:

@@ -239,7 +239,10 @@ def _check(
         if site.details["form"] == "keep+fold":
             wanted["down"] = (width_out, kept)
     if site.details["form"] == "guarded":
-        wanted["up_slope"] = wanted["intercept"] = (weights.neurons - kept,)
+        names = ["up_slope", "intercept", *(["gate_slope"] if weights.gated else [])]
+        if site.details["guard"] == "exact":
+            names += ["low", "high"]
+        wanted |= dict.fromkeys(names, (weights.neurons - kept,))
     for name, shape in wanted.items():
         stored = tuple(site.tensors[name].shape) if name in site.tensors else None
         if stored != shape:

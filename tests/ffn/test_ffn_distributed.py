@@ -19,7 +19,7 @@ import nbl_compiler as nbl
 from nbl_compiler.errors import NBLError
 
 # Float32 rounding of products that were cut into other blocks, times the condition of the fit.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 PROCESSES = 2
 FORMS: dict[str, tuple[bool, dict[str, Any]]] = {
     "kept, gated": (True, {"keep": 0.25}),

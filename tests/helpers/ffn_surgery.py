@@ -210,7 +210,8 @@ class FoldedFFN(nn.Module):
         if not certificate:
             return rows @ x + offset, no_slack
         radius, rounding, centre = certificate
-        return rows @ x + offset, radius * (x - centre).norm() + rounding * (x.norm() + 1)
+        distance, norm = ((1 + 2**-10) * v.norm() for v in (x - centre, x))  # as certified
+        return rows @ x + offset, radius * distance + rounding * (norm + 1)
 
 
 def _codes(packed: Tensor, bits: int, width: int) -> Tensor:
