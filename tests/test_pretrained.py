@@ -145,7 +145,7 @@ def test_minilm_embeddings_stay_close():
 def test_gemma_with_linear_attention_and_folded_ffns_through_inductor():
     """A static set in one FFN, a guard in another, attention in a third layer: one plan."""
     model, tokenizer = load_causal(GEMMA)
-    batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=2048))
+    batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=512, length=256))
     parts = [
         nbl.Config(attention=nbl.Attention(layers=(15,)), ffn=nbl.FFN(layers=(16,), keep=0.5)),
         nbl.Config(attention=None, ffn=nbl.FFN(layers=(13,), keep=0.1, guard="predicted")),

@@ -579,7 +579,7 @@ def edited(plan: nbl.Plan, key: str, tensor: Tensor | None) -> nbl.Plan:
 
 
 @pytest.mark.parametrize("how", ["missing", "short"])
-@pytest.mark.parametrize("key", ["weight", "bias", "kept", "up_slope", "intercept"])
+@pytest.mark.parametrize("key", ["weight", "bias", "kept", "up_slope", "intercept", "low", "high"])
 def test_tensors_of_the_wrong_shape(key: str, how: str) -> None:
     model, plan = owned()
     tensor = plan.sites[1].tensors[key]
