@@ -127,7 +127,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).eval()
     plan = random_plan(model, args.count, args.ffn, args.keep)
-    machine = measure_machine()
+    machine = measure_machine(width=QWEN_05B["hidden_size"])
     with speed.measuring():
         pair = speed.contenders(model, plan)
         check(model, plan, pair)

@@ -209,12 +209,12 @@ def bench(
     """Time prefill and decode against dense Inductor, same run, interleaved."""
     from nbl_compiler import speed
     from nbl_compiler.cost import measure_machine
-    from nbl_compiler.models import load_causal
+    from nbl_compiler.models import hidden_size, load_causal
     from nbl_compiler.plan import Plan
     from nbl_compiler.speed_table import as_rows, speed_table
 
     loaded, _ = load_causal(model, dtype, device)
-    machine, size = measure_machine(), loaded.config.vocab_size
+    machine, size = measure_machine(width=hidden_size(loaded)), loaded.config.vocab_size
     with speed.measuring():
         pair = speed.contenders(loaded, Plan.load(plan))
         rows = [speed.prefill(pair, size, n, machine) for n in _numbers(prefill)]

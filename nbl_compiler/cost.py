@@ -7,6 +7,7 @@ It predicts *ratios* between two graphs on one machine, which is what a rewrite 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,10 +21,15 @@ from torch.fx.node import map_arg
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
 from nbl_compiler.lowering.streamed_linear import streamed_linear
-from nbl_compiler.passes.graph_tools import example_value, is_call, projection_input
+from nbl_compiler.passes.graph_tools import argument, example_value, is_call
 
 _ATTENTION = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
-_PRODUCTS = frozenset({torch.matmul, torch.bmm, torch.baddbmm})
+# Whatever the weights are: a plan's tensors are no parameters of the model.
+_PRODUCTS = frozenset(
+    {F.linear, torch._C._nn.linear, torch.addmm, torch.mm, torch.matmul, operator.matmul}
+    | {torch.bmm, torch.baddbmm}
+)
+_PRODUCT_METHODS = frozenset({"matmul", "bmm", "mm", "addmm", "baddbmm"})
 _COPIES = frozenset({"reshape", "contiguous", "clone", "repeat", "repeat_interleave", "roll"})
 
 
@@ -105,10 +111,11 @@ def _work(node: Node) -> Work | None:
         assert isinstance(key, Tensor)
         flops = 4 * _int(prod(query.shape)) * _int(key.shape[-2])
         return Work(node.name, flops, _traffic(operands, out))
-    if projection_input(node) is not None or is_call(node, _PRODUCTS, {"matmul", "bmm"}):
-        inner = _int(operands[0].shape[-1]) if operands else 0
-        if is_call(node, {torch.addmm, torch.baddbmm}) and len(operands) == 3:
-            inner = _int(operands[1].shape[-1])
+    if is_call(node, _PRODUCTS, _PRODUCT_METHODS):
+        added = is_call(node, {torch.addmm, torch.baddbmm}, {"addmm", "baddbmm"})
+        left = argument(node, 1, "mat1") if added else argument(node, 0, "input")
+        left = example_value(left) if isinstance(left, Node) else None
+        inner = _int(left.shape[-1]) if isinstance(left, Tensor) else 0
         return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
     if is_call(node, {streamed_linear}):
         return Work(node.name, 2 * _int(out.numel()) * _int(operands[0].shape[-1]),
@@ -162,12 +169,22 @@ def _int(size: object) -> int:
     return int(size)  # type: ignore[call-overload,no-any-return]
 
 
-def measure_machine(repeats: int = 5) -> Machine:
-    """Measure this machine's rates, of both kinds of linear layers (float32, CPU; seconds)."""
+_PROBE_NUMBERS = 2**25
+"""128 MiB: more than any cache."""
+
+
+def measure_machine(repeats: int = 9, width: int = 1024) -> Machine:
+    """Measure this machine's rates, of both kinds of linear layers (float32, CPU; seconds).
+
+    Args:
+        repeats: Medians of this many runs.
+        width: Columns of the matrix, the model's hidden size: rows of other lengths are read at
+            other rates.
+    """
     from nbl_compiler.timing import median_seconds
 
-    weight = torch.randn(8192, 4096)
-    vector, block = torch.randn(1, 4096), torch.randn(256, 4096)
+    weight = torch.randn(_PROBE_NUMBERS // width, width)
+    vector, block = torch.randn(1, width), torch.randn(256, width)
     slow = median_seconds(lambda: F.linear(vector, weight), repeats)
     fast = median_seconds(lambda: F.linear(block, weight), repeats)
     streamed = torch.compile(streamed_linear, dynamic=False)

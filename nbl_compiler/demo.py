@@ -15,7 +15,7 @@ from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.cost import measure_machine
 from nbl_compiler.evaluate import evaluation_rows, perplexity
 from nbl_compiler.generate import greedy
-from nbl_compiler.models import load_causal
+from nbl_compiler.models import hidden_size, load_causal
 from nbl_compiler.plan import Plan
 from nbl_compiler.resident import release, resident_bytes
 from nbl_compiler.text import python_docs_parts, token_batches
@@ -73,7 +73,7 @@ def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
     plan = calibrate(model, batches, config, progress=progress)
     rows = evaluation_rows(held_out, tokenizer, tokens=options.eval_tokens)
     vocabulary = model.config.vocab_size
-    machine = measure_machine()
+    machine = measure_machine(width=hidden_size(model))
     with speed.measuring():
         pair = speed.contenders(model, plan)
         dense, nbl = pair

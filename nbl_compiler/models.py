@@ -111,3 +111,9 @@ def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple
         return model, AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {name!r}: {error}") from error
+
+
+def hidden_size(model: Any) -> int:
+    """Return the width of a model's hidden state; 1,024 where its configuration does not say."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "hidden_size", None) or 1024)

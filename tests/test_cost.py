@@ -42,6 +42,26 @@ def test_attention_and_expanded_keys():
     assert cost.bytes == (narrow + wide) + (4 * q.numel() + wide + 4 * q.numel())
 
 
+def test_a_plans_maps_are_counted():
+    """A map of d × d in place of each of both; its weights are no parameters of the model."""
+    from models.architectures import HIDDEN, inputs, make
+
+    model = make("llama")
+    tokens = 2 * 16
+    plan = nbl.calibrate(
+        model,
+        [inputs("llama", 4, 64)["input_ids"]],
+        nbl.Config(attention=nbl.Attention(layers=(1,)), ffn=nbl.FFN(layers=(0,), keep=0)),
+        progress=False,
+    )
+    given = inputs("llama", 2, 16)
+    (graph,) = nbl.explain(model, **given, plan=plan, use_cache=False).graphs
+    removed = sum(site.details["parameters"] for site in plan.rewritten)
+    attention = 4 * tokens * HIDDEN * 16  # scores and mix over 16 keys
+    saved = graph.before.flops - graph.after.flops
+    assert saved == 2 * tokens * (removed - 2 * HIDDEN * HIDDEN) + attention
+
+
 def test_the_roofline_takes_the_longer_of_arithmetic_and_memory():
     cost = cost_of(nn.Linear(32, 48), torch.randn(5, 32))
     slow_memory, slow_arithmetic = Machine(1.0, 1e30), Machine(1e30, 1.0)
