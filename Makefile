@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-calibration clean
+.PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-speed-ffn bench-ffn \
+	bench-ffn-quality bench-embedding bench-calibration clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,18 @@ bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration
 
 bench-speed: $(STAMP)  ## Prefill and decode against dense Inductor, random weights in the shape of Qwen2.5-0.5B
 	$(BIN)/python benchmarks/model_speed.py
+
+bench-speed-ffn: $(STAMP)  ## The same with all FFNs folded, a quarter of their neurons kept
+	$(BIN)/python benchmarks/model_speed.py --count 0 --ffn 24 --keep 0.25 --decode 512 --prefill 512
+
+bench-ffn: $(STAMP)  ## One FFN in every form: time, bytes
+	$(BIN)/python benchmarks/ffn_microbench.py
+
+bench-ffn-quality: $(STAMP)  ## Folded FFNs of a decoder: error a layer, perplexity: TEXT= EVAL=
+	$(BIN)/python benchmarks/ffn_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
+
+bench-embedding: $(STAMP)  ## Embeddings of MiniLM-L6 with all FFNs folded: TEXT= EVAL=
+	$(BIN)/python benchmarks/embedding_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
 
 bench-calibration: $(STAMP)  ## Calibration throughput and memory
 	$(BIN)/python benchmarks/calibration_cost.py

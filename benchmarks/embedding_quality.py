@@ -24,7 +24,7 @@ from nbl_compiler.text import TextSource
 
 FORMS = {
     "keep 22 %": nbl.FFN(keep=0.22),
-    "put right 15 %": nbl.FFN(keep=0.0, guard="predicted", capacity=0.15),
+    "keep 10 %, put right 5 %": nbl.FFN(keep=0.10, guard="predicted", capacity=0.05),
     "put right 30 %, predicted values": nbl.FFN(
         keep=0.0, guard="predicted", capacity=0.30, values="predicted"
     ),
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--model", default=MINILM)
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--eval-text", default="python-docs")
-    parser.add_argument("--texts", type=int, default=256, help="for calibration")
-    parser.add_argument("--eval-texts", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=192, help="for calibration")
+    parser.add_argument("--eval-texts", type=int, default=64)
     parser.add_argument("--forms", help="some of them, such as 1,3; by default all")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
