@@ -25,7 +25,7 @@ from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.loss_ranking import TRIAL_TOKENS, rank_by_loss
 from nbl_compiler.observe import Observation
-from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
+from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released

@@ -26,9 +26,9 @@ from nbl_compiler.observe_ffn import FFNObservers
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.graph_tools import shape_of
-from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.private_copy import private_copy
+from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.passes.sites import AttentionMatch, load_matches
 from nbl_compiler.rows import RowChooser
 from nbl_compiler.solvers.moments import BufferedMoments, Moments

@@ -20,8 +20,8 @@ from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.ffn_sites import FFNMatch
 from nbl_compiler.passes.ffn_weights import ffn_weights
 from nbl_compiler.passes.graph_tools import shape_of
-from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
 from nbl_compiler.passes.match_ffn import match_ffn
+from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.rows import RowChooser
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nbl_compiler.config import FFN
-from nbl_compiler.ffn.sites import FFNSite
+from nbl_compiler.ffn.sites import FFNSite, site_facts
 from nbl_compiler.ffn.stages import ErrorStage
 from nbl_compiler.lowering.guarded_site import GuardedFFN
 from nbl_compiler.lowering.predictors import fit_low_rank, tensor_bytes
@@ -114,7 +114,7 @@ def guard_details(
 ) -> dict[str, Any]:
     """Return the facts about a guarded site that the plan shows, its settings included."""
     weights = site.weights
-    (f, d), o = weights.w1.shape, weights.w2.shape[0]
+    d, o = weights.w1.shape[1], weights.w2.shape[0]
     k, capacity = kept.numel(), guarded.selected
     rows = 2 if weights.gated else 1
     if guarded.predictor_kind == "none":
@@ -126,15 +126,7 @@ def guard_details(
     read = k * (rows * d + o) + o * d + o + predictor + capacity * gathered + slopes
     tokens = float(error.outliers.sum()) or 1.0
     mean = float(error.outliers @ torch.arange(error.outliers.numel(), dtype=torch.float64))
-    return {
-        "form": "guarded",
-        "activation": weights.activation,
-        "gated": weights.gated,
-        "neurons": f,
-        "kept": k,
-        "width_in": d,
-        "width_out": o,
-        "parameters": site.parameters,
+    return site_facts(site, "guarded", k) | {
         "parameters_read": read,
         "tokens": int(error.tokens.sum()),
         "guard": "exact" if guarded.exact else "predicted",

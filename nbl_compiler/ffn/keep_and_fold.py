@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbl_compiler.config import FFN, Ridge
-from nbl_compiler.ffn.sites import FFNFit, FFNSite
+from nbl_compiler.ffn.sites import FFNFit, FFNSite, site_facts
 from nbl_compiler.ffn.stages import NeuronStage, OutputStage
 from nbl_compiler.solvers.ffn_regression import MIN_HOLDOUT_TOKENS, fit_affine_map, fit_output
 from nbl_compiler.solvers.folding import kept_count, neuron_scores, select_kept
@@ -67,16 +67,8 @@ def details(site: FFNSite, kept: Tensor) -> dict[str, object]:
     rows = 2 if weights.gated else 1
     biases = sum(b is not None for b in (weights.b1, weights.b_up)) * k + o
     matrix = 0 if k == f else o * d
-    return {
-        "form": "keep+fold",
-        "activation": weights.activation,
-        "gated": weights.gated,
-        "neurons": f,
-        "kept": k,
-        "width_in": d,
-        "width_out": o,
-        "parameters": site.parameters,
-        "parameters_read": k * (rows * d + o) + matrix + biases,
+    return site_facts(site, "keep+fold", k) | {
+        "parameters_read": k * (rows * d + o) + matrix + biases
     }
 
 

@@ -31,6 +31,21 @@ class FFNSite:
     parameters: int
 
 
+def site_facts(site: FFNSite, form: Form, kept: int) -> dict[str, Any]:
+    """Return the facts that the plan stores of a folded site, whatever its form."""
+    weights = site.weights
+    return {
+        "form": form,
+        "activation": weights.activation,
+        "gated": weights.gated,
+        "neurons": weights.neurons,
+        "kept": kept,
+        "width_in": weights.w1.shape[1],
+        "width_out": weights.w2.shape[0],
+        "parameters": site.parameters,
+    }
+
+
 @dataclass(frozen=True)
 class FFNFit:
     """A folded FFN, not yet decided on.

@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
+from nbl_compiler.errors import PlanMismatchError
 from nbl_compiler.ffn.guarded import restore
 from nbl_compiler.guard_counters import accumulate
-from nbl_compiler.passes.base import PassReport, Rejected, source_line
+from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, store_folded
 from nbl_compiler.passes.ffn_weights import ffn_weights, parameter_value
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
-from nbl_compiler.passes.linearize_attention import SUPPORTED_DTYPES
-from nbl_compiler.passes.site_lookup import find_ffn_site
+from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.solvers.folding import FFNWeights
@@ -49,20 +48,10 @@ class FoldFFN:
     name: str = "fold_ffn"
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
-        done: list[FFNMatch] = []
-        left: list[Rejected] = []
-        for match in load_ffn_matches(graph_module).found:
-            site = find_ffn_site(self.plan, match)
-            match = match if site is None else replace(match, site=site.name)
-            if site is not None and site.decision == "rewritten":
-                rewrite(graph_module, match, site, self.plan)
-                done.append(match)
-                continue
-            reason = "the plan does not know this site" if site is None else site.reason
-            anchor = match.anchor
-            left.append(Rejected(match.site, "ffn", anchor.name, reason, source_line(anchor)))
-        store_folded(graph_module, tuple(done))
-        return PassReport(rewritten=tuple(m.site for m in done), rejected=tuple(left))
+        found = load_ffn_matches(graph_module).found
+        done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewrite)
+        store_folded(graph_module, done)
+        return report
 
 
 def rewrite(graph_module: GraphModule, match: FFNMatch, site: Site, plan: Plan) -> Node:
@@ -210,11 +199,7 @@ def _argument(source: _Source, name: str, value: object) -> object:
 def _check(
     site: Site, match: FFNMatch, like: Tensor, target: Tensor, weights: FFNWeights | None
 ) -> None:
-    if like.dtype not in SUPPORTED_DTYPES:
-        raise UnsupportedDtypeError(
-            f"{site.name} computes in {like.dtype}; supported are "
-            + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
-        )
+    check_dtype(site, like)
     if weights is None:
         raise PlanMismatchError(
             f"the weights of {site.name} are not parameters of this model; calibrate this model"
@@ -243,10 +228,4 @@ def _check(
         if site.details["guard"] == "exact":
             names += ["low", "high"]
         wanted |= dict.fromkeys(names, (weights.neurons - kept,))
-    for name, shape in wanted.items():
-        stored = tuple(site.tensors[name].shape) if name in site.tensors else None
-        if stored != shape:
-            raise PlanMismatchError(
-                f"the plan's {name} for {site.name} has shape {stored}, the model needs {shape}; "
-                "calibrate this model"
-            )
+    check_shapes(site, wanted)

@@ -9,22 +9,18 @@ front of its norm (``input="residual"``); the plan says which it was calibrated 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
-from nbl_compiler.passes.base import PassReport, Rejected, source_line
+from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
-from nbl_compiler.passes.site_lookup import find_site
+from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plan import Plan, Site
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -40,23 +36,10 @@ class LinearizeAttention:
     name: str = "linearize_attention"
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
-        done: list[AttentionMatch] = []
-        left: list[Rejected] = []
-        for match in load_matches(graph_module).found:
-            site = find_site(self.plan, match)
-            match = match if site is None else replace(match, site=site.name)
-            if site is not None and site.decision == "rewritten":
-                rewrite(graph_module, match, site, self.plan)
-                done.append(match)
-                continue
-            reason = "the plan does not know this site" if site is None else site.reason
-            left.append(
-                Rejected(
-                    match.site, "attention", match.anchor.name, reason, source_line(match.anchor)
-                )
-            )
-        store_linearized(graph_module, tuple(done))
-        return PassReport(rewritten=tuple(m.site for m in done), rejected=tuple(left))
+        found = load_matches(graph_module).found
+        done, report = rewrite_sites(graph_module, self.plan, "attention", found, rewrite)
+        store_linearized(graph_module, done)
+        return report
 
 
 def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: Plan) -> Node:
@@ -65,7 +48,9 @@ def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: 
     like, target = example_value(source), example_value(match.output)
     assert isinstance(like, Tensor)
     assert isinstance(target, Tensor)
-    _check(site, like, target)
+    check_dtype(site, like)
+    width_in, width_out = like.shape[-1], target.shape[-1]
+    check_shapes(site, {"weight": (width_out, width_in), "bias": (width_out,)})
     weight = lift(graph_module, f"{site.name}_weight", plan.tensor(site, "weight", like))
     bias = lift(graph_module, f"{site.name}_bias", plan.tensor(site, "bias", like))
     graph = graph_module.graph
@@ -82,19 +67,3 @@ def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: 
     new.meta["nbl"] = new_output.meta["nbl"] = {"site": site.name, "pass": "linearize_attention"}
     match.output.replace_all_uses_with(new_output)
     return new_output
-
-
-def _check(site: Site, source: Tensor, output: Tensor) -> None:
-    if source.dtype not in SUPPORTED_DTYPES:
-        raise UnsupportedDtypeError(
-            f"{site.name} computes in {source.dtype}; supported are "
-            + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
-        )
-    wanted = {"weight": (output.shape[-1], source.shape[-1]), "bias": (output.shape[-1],)}
-    for key, shape in wanted.items():
-        found = tuple(site.tensors[key].shape) if key in site.tensors else None
-        if found != shape:
-            raise PlanMismatchError(
-                f"the plan's {key} for {site.name} has shape {found}, the model needs {shape}; "
-                "calibrate this model"
-            )

@@ -18,14 +18,9 @@ from nbl_compiler.passes.sites import AttentionMatch
 from nbl_compiler.plan import Kind, Plan, Site
 
 
-def find_site(plan: Plan, match: AttentionMatch) -> Site | None:
-    """Return the plan's site for an attention match: by its name or else its weights, or None."""
-    return plan.find(match.site, "attention") or _find_by_weights(plan, match.weights, "attention")
-
-
-def find_ffn_site(plan: Plan, match: FFNMatch) -> Site | None:
-    """Return the plan's site for an FFN match, likewise."""
-    return plan.find(match.site, "ffn") or _find_by_weights(plan, match.weights, "ffn")
+def find_site(plan: Plan, match: AttentionMatch | FFNMatch, kind: Kind) -> Site | None:
+    """Return the plan's site for a match: by its name or else its weights, or None."""
+    return plan.find(match.site, kind) or _find_by_weights(plan, match.weights, kind)
 
 
 def _find_by_weights(plan: Plan, nodes: Sequence[Node], kind: Kind) -> Site | None:
