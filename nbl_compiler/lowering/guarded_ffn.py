@@ -51,7 +51,7 @@ from nbl_compiler.lowering.guarded_site import (
     overflowing,
     split_rows,
 )
-from nbl_compiler.lowering.predictors import predict, recall
+from nbl_compiler.lowering.predictors import predict
 
 
 def true_preactivations(site: GuardedFFN, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -118,19 +118,6 @@ def _within_capacity(candidates: Tensor, score: Tensor, capacity: int) -> Tensor
     key = torch.where(candidates, score, -1.0)
     order = key.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(candidates).scatter(-1, order[:, :capacity], True)
-
-
-def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
-    """Share of the outliers by the true pre-activations that the site's guard corrects on ``x``.
-
-    The truth is what the same guard picks without its predictor; where the capacity truncates, the
-    true top ``capacity``. 1 for a site without predictor.
-
-    Args:
-        site: The FFN and its guard.
-        x: Inputs [..., d].
-    """
-    return recall(put_right(site, x), true_outliers(unpredicted(site), x))
 
 
 def put_right(site: GuardedFFN, x: Tensor) -> Tensor:

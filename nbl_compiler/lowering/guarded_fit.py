@@ -12,17 +12,13 @@ two slopes per neuron below that of the oracle with a full linear map per neuron
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nbl_compiler.lowering.guarded_ffn import choose, correction, dense_output, true_preactivations
-from nbl_compiler.lowering.guarded_site import GuardedFFN, hidden_values
-from nbl_compiler.solvers.ffn_moments import RegressionMoments
-from nbl_compiler.solvers.ffn_regression import AffineMap, fit_affine_map
+from nbl_compiler.lowering.guarded_site import GuardedFFN
 
 TURNS = 3
 """Turns of fitting and choosing; a fourth changes the error by less than 1 % on Gemma-3-270M."""
@@ -131,49 +127,3 @@ def with_slopes(site: GuardedFFN, slopes: Slopes) -> GuardedFFN:
     )
     matrix, bias = fold_slopes(changed)
     return replace(changed, folded=matrix.to(site.folded), folded_bias=bias.to(site.folded_bias))
-
-
-def fit_guarded(
-    site: GuardedFFN,
-    batches: Callable[[], Iterable[Tensor]],
-    holdout: Callable[[], Iterable[Tensor]] | None = None,
-    turns: int = TURNS,
-) -> tuple[GuardedFFN, AffineMap]:
-    """Fit slopes, C and B of a predicted guard to a stream of inputs.
-
-    Args:
-        site: The FFN with its predictor, capacity and column norms; its slopes, C and B are
-            overwritten.
-        batches: Starts the stream of calibration inputs anew: tensors [tokens, d]. It runs
-            ``turns`` + 2 times.
-        holdout: The same for held-out inputs, which choose the ridge of C.
-        turns: Turns of choosing and fitting.
-
-    Returns:
-        The fitted site, and the fit of C and B with its errors.
-    """
-    slopes: Slopes | None = None
-    for turn in range(turns + 1):
-        moments = SlopeMoments(site.neurons, site.gate is not None, site.up.device)
-        for x in batches():
-            gate, up = true_preactivations(site, x)
-            folded = torch.ones_like(up, dtype=torch.bool) if turn == 0 else ~choose(site, x)[1]
-            moments.observe(gate, up, hidden_values(site, gate, up), folded)
-        slopes = moments.slopes(slopes)
-        site = with_slopes(site, slopes)
-    train = _target_moments(site, batches)
-    held = None if holdout is None else _target_moments(site, holdout)
-    fit = fit_affine_map(train, held, prior=fold_slopes(site)[0])
-    site = replace(
-        site, folded=fit.weight.to(site.folded), folded_bias=fit.bias.to(site.folded_bias)
-    )
-    return site, fit
-
-
-def _target_moments(site: GuardedFFN, batches: Callable[[], Iterable[Tensor]]) -> RegressionMoments:
-    """Moments of (x, what C x + B should be)."""
-    moments = RegressionMoments(site.up.shape[1], site.down.shape[1])
-    for x in batches():
-        _, chosen = choose(site, x)
-        moments.observe(x, dense_output(site, x) - correction(site, x, chosen))
-    return moments

@@ -221,18 +221,6 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     return torch.cat(planes, dim=1)[:, :width]
 
 
-def recall(predicted: Tensor, actual: Tensor) -> float:
-    """Share of the actual outliers that were predicted, over all tokens; 1 if there are none.
-
-    Args:
-        predicted: bool [tokens, f].
-        actual: bool [tokens, f].
-    """
-    found = int((predicted & actual).sum())
-    total = int(actual.sum())
-    return found / total if total else 1.0
-
-
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes that the tensors hold."""
     return sum(t.numel() * t.element_size() for t in tensors)

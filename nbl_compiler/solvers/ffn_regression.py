@@ -82,13 +82,6 @@ def squared_errors(moments: RegressionMoments, weight: Tensor, bias: Tensor) -> 
     return variance.clamp_min(0) + offset.square()
 
 
-def output_nmse(moments: RegressionMoments, weight: Tensor, bias: Tensor) -> float:
-    """Normalised mean squared error Σ E[(v − weight u − bias)²] / Σ Var[v]."""
-    return _ratio(
-        float(squared_errors(moments, weight, bias).sum()), float(moments.target_variance.sum())
-    )
-
-
 def fit_affine_map(
     train: RegressionMoments,
     holdout: RegressionMoments | None = None,

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from nbl_compiler.solvers.activations import activation
 from nbl_compiler.solvers.affine_fit import AffineFit
-from nbl_compiler.solvers.ffn_moments import RegressionMoments
-from nbl_compiler.solvers.ffn_regression import squared_errors
 
 
 @dataclass(frozen=True)
@@ -72,23 +70,6 @@ class FFNWeights:
         )
 
 
-@dataclass(frozen=True)
-class KeptFold:
-    """An FFN as a small dense FFN plus one folded map: y = FFN_K(x) + matrix x + bias.
-
-    Args:
-        kept: Indices of the kept neurons, ascending, [k] int64.
-        weights: Their weights (no output bias), [k, d] and [o, k].
-        matrix: [o, d] float64, or None if every neuron is kept.
-        bias: [o] float64, the original output bias included.
-    """
-
-    kept: Tensor
-    weights: FFNWeights
-    matrix: Tensor | None
-    bias: Tensor
-
-
 def hidden_product(weights: FFNWeights, x: Tensor) -> Tensor:
     """What the down projection reads: [..., d] → [..., f]."""
     z = activation(weights.activation)(torch.nn.functional.linear(x, weights.w1, weights.b1))
@@ -100,14 +81,6 @@ def hidden_product(weights: FFNWeights, x: Tensor) -> Tensor:
 def dense_ffn(weights: FFNWeights, x: Tensor) -> Tensor:
     """The original FFN: [..., d] → [..., o]."""
     return torch.nn.functional.linear(hidden_product(weights, x), weights.w2, weights.b2)
-
-
-def kept_fold_ffn(folded: KeptFold, x: Tensor) -> Tensor:
-    """The rewritten FFN in the dtype of ``x``: [..., d] → [..., o]."""
-    kept = dense_ffn(folded.weights, x)
-    if folded.matrix is None:
-        return kept + folded.bias.to(kept)
-    return kept + torch.nn.functional.linear(x, folded.matrix.to(x), folded.bias.to(x))
 
 
 def affine_hidden(weights: FFNWeights, fit: AffineFit) -> tuple[Tensor, Tensor]:
@@ -156,11 +129,6 @@ def fold_affine(
     return fold_hidden(weights, *affine_hidden(weights, fit), neurons)
 
 
-def hidden_residual(moments: RegressionMoments, weight: Tensor, bias: Tensor) -> Tensor:
-    """E[(z_i − weight[i] x − bias[i])²] per neuron, [f] float64, from the moments of (x, z)."""
-    return squared_errors(moments, weight, bias)
-
-
 def neuron_scores(residual: Tensor, w2: Tensor) -> Tensor:
     """E[r_i²]·‖W2[:, i]‖²: the mean squared output error of folding neuron i alone, [f]."""
     return residual.double() * w2.double().square().sum(0).to(residual.device)
@@ -188,31 +156,3 @@ def select_kept(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` neurons of highest score, and the others; both ascending int64."""
     order = scores.argsort(descending=True, stable=True)
     return order[:count].sort().values, order[count:].sort().values
-
-
-def keep_and_fold(
-    weights: FFNWeights,
-    kept: Tensor,
-    matrix: Tensor,
-    bias: Tensor,
-    kept_columns: Tensor | None = None,
-) -> KeptFold:
-    """Assemble the rewritten FFN from its parts.
-
-    With every neuron kept, the result is the original FFN, whatever the fit says.
-
-    Args:
-        weights: The original FFN.
-        kept: [k] int64.
-        matrix: [o, d], the fold of the others.
-        bias: [o], the output bias included.
-        kept_columns: [o, k], refitted columns of W2 in the order of ``kept``; by default the
-            original ones.
-    """
-    compact = weights.select(kept)
-    if kept.numel() == weights.neurons:
-        original = torch.zeros_like(bias) if weights.b2 is None else weights.b2
-        return KeptFold(kept, compact, None, original.double())
-    if kept_columns is not None:
-        compact = replace(compact, w2=kept_columns.to(weights.w2))
-    return KeptFold(kept, compact, matrix.double(), bias.double())

@@ -78,26 +78,6 @@ def range_moments(
     return _moments((sums * inside).sum(-1), activation, centre, histogram.tokens)
 
 
-def hot_ranges(histogram: RangeHistogram, coverage: Tensor | float) -> tuple[Tensor, Tensor]:
-    """(lo, hi) [f]: for each neuron the hot range that holds at least ``coverage`` of its tokens.
-
-    Args:
-        histogram: Of the pre-activations.
-        coverage: In (0, 1], one number or [f].
-
-    Raises:
-        CalibrationError: if the histogram is empty.
-    """
-    first, last, covered = _grow(histogram)
-    target = torch.as_tensor(coverage, dtype=torch.float64, device=covered.device)
-    step = _first_reaching(covered, target.expand(histogram.neurons)[:, None])
-    edges = histogram.edges()
-    return (
-        edges.gather(1, first.gather(1, step))[:, 0],
-        edges.gather(1, last.gather(1, step) + 1)[:, 0],
-    )
-
-
 def coverage_curves(histogram: RangeHistogram, activation: Activation) -> CoverageCurves:
     """Range, coverage and error of every neuron at each of :data:`COVERAGE_LEVELS`.
 

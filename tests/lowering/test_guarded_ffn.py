@@ -14,11 +14,12 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.ffn.sites import FFNRows
+from nbl_compiler.ffn.stages import RecallStage
 from nbl_compiler.guard_counters import accumulate, new_counters, read
 from nbl_compiler.lowering.guarded_ffn import (
     choose,
     dense_output,
-    predictor_recall,
     reference,
     run,
     true_preactivations,
@@ -256,6 +257,20 @@ def test_counters_without_tokens() -> None:
     accumulate(counters, result.outliers, result.dense)
     counts = read(counters)
     assert (counts.tokens, counts.outliers_per_token, counts.dense_share) == (0, 0.0, 0.0)
+
+
+def predictor_recall(site: GuardedFFN, x: Tensor) -> float:
+    stage = RecallStage(site)
+    stage.add(FFNRows(x, x, x), held=False)
+    return stage.recall
+
+
+def test_recall_counts_what_was_found() -> None:
+    stage = RecallStage(gated_site())
+    assert stage.recall == 1.0  # of no outlier, none is missed
+    stage.found += 3
+    stage.true += 4
+    assert stage.recall == 0.75
 
 
 def test_recall_grows_with_the_bits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -11,18 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nbl_compiler.config import FFN
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.ffn import predicted
+from nbl_compiler.ffn.guarded import restore
+from nbl_compiler.ffn.sites import FFNRows, FFNSite
+from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.lowering.guarded_ffn import dense_output, reference, true_preactivations
 from nbl_compiler.lowering.guarded_ffn_inductor import fused_prediction
 from nbl_compiler.lowering.guarded_fit import (
     MIN_TOKENS,
     SlopeMoments,
     Slopes,
-    fit_guarded,
     fold_slopes,
 )
-from nbl_compiler.lowering.predictors import fit_low_rank, pack, predict, recall, unpack
+from nbl_compiler.lowering.predictors import fit_low_rank, pack, predict, unpack
 from nbl_compiler.lowering.quantization import CLIPPINGS, fit_quantized
+from nbl_compiler.solvers.folding import FFNWeights, hidden_product
 
 # Float64 sums of a few hundred terms of about one.
 FLOAT64 = {"atol": 1e-9, "rtol": 1e-9}
@@ -177,13 +183,6 @@ def test_fused_prediction_is_the_prediction(kind: str, tokens: int) -> None:
     )
 
 
-def test_recall_counts_what_was_found() -> None:
-    actual = torch.tensor([[True, True, False], [True, True, False]])
-    predicted = torch.tensor([[True, False, True], [True, True, False]])
-    assert recall(predicted, actual) == 0.75
-    assert recall(predicted, torch.zeros_like(actual)) == 1.0
-
-
 def _stream(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gate, up = torch.randn(tokens, NEURONS), torch.randn(tokens, NEURONS)
     hidden = torch.nn.functional.silu(gate) * up
@@ -239,15 +238,32 @@ def test_fold_of_the_slopes() -> None:
     torch.testing.assert_close(x @ matrix.T + bias, wanted, **FLOAT32)
 
 
-def test_turns_of_fitting_lower_the_error() -> None:
+def test_turns_of_fitting_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """One fit on all tokens (no turn) serves the folded tokens worse than fits on them alone."""
     site = gated_site("quantized_4", capacity=13)
-    inputs = torch.randn(4, 500, WIDTH)
-    held = torch.randn(1000, WIDTH)
+    inputs, held = torch.randn(4, 500, WIDTH), torch.randn(1000, WIDTH)
+    weights = FFNWeights(
+        site.activation, site.gate, site.down.T, site.gate_bias, site.down_bias, site.up,
+        site.up_bias,
+    )  # fmt: skip
+    one = FFNSite("site", weights, (), 0)
     exact = dense_output(site, held)
+
+    def run_pass(stages: Mapping[str, Stage]) -> None:
+        for x, is_held in (*((x, False) for x in inputs), (held, True)):
+            rows = FFNRows(x, hidden_product(weights, x), dense_output(site, x))
+            stages["site"].add(rows, held=is_held)
+
+    first = NeuronStage(one, ranges=False)
+    run_pass({"site": first})
+    options = FFN(keep=0, guard="predicted", capacity=13 / NEURONS)
     errors = []
     for turns in (0, 1, 3):
-        fitted, fit = fit_guarded(site, lambda: iter(inputs), lambda: [held], turns)
+        monkeypatch.setattr(predicted, "TURNS", turns)
+        (fit,) = predicted.fit_predicted(
+            {"site": one}, {"site": torch.arange(0)}, {"site": first}, options, "auto", run_pass
+        )
+        fitted = restore(weights, fit.tensors, fit.details)
         errors.append(float((reference(fitted, held).output - exact).square().sum()))
         assert fit.holdout_nmse > 0
     assert errors[1] < 0.9 * errors[0]

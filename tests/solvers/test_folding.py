@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.kept_folds import keep_and_fold, kept_fold_ffn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_compiler.solvers.activations import ACTIVATION_NAMES, activation
 from nbl_compiler.solvers.affine_fit import AffineFit, minimax_affine
 from nbl_compiler.solvers.ffn_moments import FFNMoments, KeptMoments
-from nbl_compiler.solvers.ffn_regression import fit_affine_map, fit_output, output_nmse
+from nbl_compiler.solvers.ffn_regression import fit_affine_map, fit_output, squared_errors
 from nbl_compiler.solvers.folding import (
     FFNWeights,
     affine_hidden,
@@ -21,10 +22,7 @@ from nbl_compiler.solvers.folding import (
     fold_affine,
     fold_hidden,
     hidden_product,
-    hidden_residual,
-    keep_and_fold,
     kept_count,
-    kept_fold_ffn,
     neuron_scores,
     select_kept,
 )
@@ -178,7 +176,7 @@ def test_lmmse_is_never_worse_than_the_affine_activation(name: str) -> None:
     moments = calibrated(weights, x)
     lmmse = fit_affine_map(moments, ridge=0.0)
     weight, bias = affine_hidden(weights, fit_on(weights, -3.0, 3.0))
-    affine = hidden_residual(moments, weight, bias)
+    affine = squared_errors(moments, weight, bias)
     direct = (hidden_product(weights, x) - x @ weight.T - bias).square().mean(0)
     torch.testing.assert_close(affine, direct, rtol=1e-6, atol=1e-9)
     assert bool((lmmse.residual <= affine + 1e-9).all())
@@ -201,7 +199,8 @@ def test_folding_neuron_fits_is_fitting_the_output(gated: bool) -> None:
     error = (kept_fold_ffn(rewritten, x) - dense).square().mean(0).sum()
     nmse = float(error / dense.var(0, correction=0).sum())
     assert fit.nmse == pytest.approx(nmse, rel=1e-6)
-    assert output_nmse(output, fit.weight, fit.bias) == pytest.approx(nmse, rel=1e-6)
+    errors = squared_errors(output, fit.weight, fit.bias).sum()
+    assert float(errors / output.target_variance.sum()) == pytest.approx(nmse, rel=1e-6)
 
 
 def test_keeping_more_neurons_never_hurts_in_training() -> None:

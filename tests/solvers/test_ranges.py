@@ -17,7 +17,6 @@ from nbl_compiler.solvers.hot_ranges import (
     CoverageCurves,
     allocate_coverage,
     coverage_curves,
-    hot_ranges,
     range_moments,
 )
 from nbl_compiler.solvers.ranges import RangeHistogram
@@ -117,6 +116,13 @@ def test_half_precision_and_leading_dimensions() -> None:
     assert counted.tokens == 60
     counted.observe(z[:0])
     assert counted.tokens == 60
+
+
+def hot_ranges(counted: RangeHistogram, coverage: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return every neuron's range at one of the levels."""
+    curves = coverage_curves(counted, activation("gelu"))
+    level = COVERAGE_LEVELS.index(coverage)
+    return curves.select(torch.full((counted.neurons,), level))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
