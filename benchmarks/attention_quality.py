@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--eval-text", default="python-docs")
     parser.add_argument("--tokens", type=int, default=81_920)
-    parser.add_argument("--eval-tokens", type=int, default=32_768)
+    parser.add_argument("--eval-tokens", type=int, default=8_192)
     parser.add_argument("--counts", default="2,4,8")
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))

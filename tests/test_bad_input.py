@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bad_selections import BAD_SELECTIONS
 from helpers.plans import random_plan
 from helpers.tiny import calibrated, compiled, output, text, tiny
 from models.architectures import HIDDEN
@@ -160,18 +161,7 @@ def test_a_model_cast_to_a_dtype_without_linear_maps(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 1, "layers": (0,)}, "give either `count` or `layers`, not both"),
-        ({"count": -1}, "count=-1 must be an integer of at least 0"),
-        ({"count": True}, "count=True must be an integer"),
-        ({"count": 1.5}, r"count=1\.5 must be an integer"),
-        ({"count": "2"}, "count='2' must be an integer"),
-        ({"layers": (1.5,)}, r"layers holds 1\.5; give site indices or site names"),
-        ({"layers": (True,)}, "layers holds True"),
-        ({"layers": 3}, "layers=3 must be a sequence of site indices or site names"),
-        ({"layers": "model"}, "layers='model' must be a sequence"),
-        ({"max_nmse": 0}, "max_nmse=0 must be positive"),
-        ({"max_nmse": float("nan")}, "max_nmse=nan must be positive"),
-        ({"max_nmse": "small"}, "max_nmse='small' must be positive"),
+        *BAD_SELECTIONS,
         ({"rank_by": "cos"}, "rank_by='cos' must be 'nmse', 'loss' or 'cca'"),
         ({"input": "raw"}, "input='raw' must be 'normed' or 'residual'"),
         ({"taps": 4}, "taps=4 is not supported by this release; use taps=0"),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.processes import PROCESSES, calibrate_in_processes
 from helpers.tiny import config, text, tiny
 from torch import Tensor
 
 import nbl_compiler as nbl
-from nbl_compiler.errors import NBLError
 
 # Float32 rounding of products that were cut into other blocks, times the condition of the fit.
 MAP_TOLERANCE = 1e-3
 NMSE_TOLERANCE = 1e-4
-PROCESSES = 2
 SCENARIOS = ("nan", "no batches", "shares")  # a failure must not spoil what follows
 
 
@@ -30,33 +26,19 @@ def share(rank: int, scenario: str) -> list[Tensor]:
     return batches[:3] if rank == 0 else batches[3:]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """Calibrate in every scenario, and leave the plan or the error in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES
-    )
-    for scenario in SCENARIOS:
-        model = tiny()
-        if scenario == "nan" and rank == 1:
-            with torch.no_grad():
-                model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
-        path = Path(folder) / f"{scenario}.{rank}"
-        try:
-            nbl.calibrate(model, share(rank, scenario), config(count=1), progress=False).save(path)
-        except NBLError as error:
-            path.write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
+def calibrate(rank: int, scenario: str) -> nbl.Plan:
+    model = tiny()
+    if scenario == "nan" and rank == 1:
+        with torch.no_grad():
+            model.model.layers[1].self_attn.o_proj.weight[0, 0] = float("nan")
+    return nbl.calibrate(model, share(rank, scenario), config(count=1), progress=False)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what the processes left."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=PROCESSES)
+    calibrate_in_processes(calibrate, SCENARIOS, folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 Up to :data:`GATHER_TOKENS` tokens, each token gathers its own outlier rows: the products are
 written as multiply-and-sum, which Inductor fuses with the gather (no row is copied), with the
 unpacking of quantized weights and with the conversion of half-precision weights. It also streams a
-matrix at M = 1 about twice as fast as ATen's ``linear``. Beyond that, tokens share rows so much
+matrix at M = 1 faster than ATen's ``linear``. Beyond that, tokens share rows so much
 that all neurons are computed and masked, in matrix products. Both compute what the reference does.
 
 The dense path is a ``cond`` on whether any token needs it.

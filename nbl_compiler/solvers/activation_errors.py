@@ -125,18 +125,6 @@ def stationary_points(activation: Activation, lo: Tensor, hi: Tensor, slope: Ten
     return _bisect(activation, left, right, slope[..., None])
 
 
-def lipschitz(activation: Activation, lo: Tensor, hi: Tensor) -> Tensor:
-    """Maximum of |σ'(z)| over z in [lo, hi], per neuron, float64; infinite if unbounded."""
-    lo, hi = _as_float64(lo, hi)
-    edges = torch.tensor(activation.breakpoints, dtype=torch.float64, device=lo.device)
-    # σ' may jump at a kink: look at both of its sides.
-    infinity = torch.tensor(torch.inf, dtype=torch.float64, device=lo.device)
-    sides = torch.cat([edges, torch.nextafter(edges, -infinity), torch.nextafter(edges, infinity)])
-    inside = sides.expand(*lo.shape, -1).clamp(lo[..., None], hi[..., None])
-    points = torch.cat([lo[..., None], inside, hi[..., None]], -1)
-    return activation.derivative(points).abs().amax(-1) * (1 + ROUNDING)
-
-
 def breakpoints_within(activation: Activation, lo: Tensor, hi: Tensor) -> Tensor:
     """The breakpoints of σ, those outside moved to the nearer end: [..., breakpoints] float64."""
     edges = torch.tensor(activation.breakpoints, dtype=torch.float64, device=lo.device)

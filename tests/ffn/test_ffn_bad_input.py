@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bad_selections import BAD_SELECTIONS
 from helpers.own_ffn import (
     WIDTH,
     compiled_ffn,
@@ -44,20 +45,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 1, "layers": (0,)}, "give either `count` or `layers`, not both"),
-        ({"count": -1}, "count=-1 must be an integer of at least 0"),
-        ({"count": True}, "count=True must be an integer"),
-        ({"count": 1.5}, r"count=1\.5 must be an integer"),
-        ({"count": "2"}, "count='2' must be an integer"),
-        ({"layers": (1.5,)}, r"layers holds 1\.5; give site indices or site names"),
-        ({"layers": (True,)}, "layers holds True"),
-        ({"layers": 3}, "layers=3 must be a sequence of site indices or site names"),
-        ({"layers": "model"}, "layers='model' must be a sequence"),
-        ({"max_nmse": 0}, "max_nmse=0 must be positive"),
-        ({"max_nmse": -0.5}, r"max_nmse=-0\.5 must be positive"),
-        ({"max_nmse": NAN}, "max_nmse=nan must be positive"),
-        ({"max_nmse": True}, "max_nmse=True must be positive"),
-        ({"max_nmse": "small"}, "max_nmse='small' must be positive"),
+        *BAD_SELECTIONS,
         *(
             ({"keep": value}, r"keep=.* must lie in \[0, 1\]")
             for value in (-0.01, 1.01, NAN, INFINITY, "half", None, True)

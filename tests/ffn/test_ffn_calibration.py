@@ -1,4 +1,4 @@
-"""``nbl.calibrate`` for FFNs: what it sees, what it fits, what it chooses, whose plan it is.
+"""``nbl.calibrate`` for FFNs: what it sees and what it fits.
 
 ``test_calibration`` has attention; ``solvers/`` the mathematics alone.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,26 +27,21 @@ from helpers.own_ffn import (
     NEURONS,
     WIDTH,
     OwnModel,
-    compiled_ffn,
     ffn_config,
     folded,
     own_model,
     rows,
     stream,
 )
-from helpers.tiny import compiled, output, text, texts, tiny
+from helpers.tiny import output, text, texts, tiny
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import nbl_compiler as nbl
-from nbl_compiler.calibration import Calibrated, observe_model
 from nbl_compiler.errors import (
     CalibrationError,
-    ConfigError,
-    PlanMismatchError,
-    WeightsReleasedError,
 )
 
 # Float32 rounding of products of other blocks, times the condition of the fit.
@@ -344,269 +337,3 @@ def test_keeping_more_neurons_costs_less_error() -> None:
     errors = [folded(own_model(False), keep=keep).sites[0].nmse for keep in (0.0, 0.3, 0.6, 1.0)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > errors[3] == 0
-
-
-# What is chosen.
-
-
-@pytest.fixture(scope="module")
-def four_sites() -> Calibrated:
-    return observe_model(
-        own_model(False, True, False, True), stream(), ffn_config(keep=0.25), progress=False
-    )
-
-
-def choose(found: Calibrated, **options: Any) -> nbl.Plan:
-    return found.plan(ffn=nbl.FFN(keep=0.25, **options))
-
-
-def chosen(plan: nbl.Plan) -> list[int]:
-    return [i for i, site in enumerate(plan.sites) if site.decision == "rewritten"]
-
-
-def order(found: Calibrated) -> list[int]:
-    return sorted(range(4), key=lambda i: found.fits[i].holdout_nmse)
-
-
-@pytest.mark.parametrize("count", range(5))
-def test_count_takes_the_best(four_sites: Calibrated, count: int) -> None:
-    plan = choose(four_sites, count=count)
-    assert chosen(plan) == sorted(order(four_sites)[:count])
-    for rank, index in enumerate(order(four_sites), start=1):
-        site = plan.sites[index]
-        assert site.reason == f"rank {rank} of 4 by nmse"
-        assert site.decision == ("rewritten" if rank <= count else "kept")
-        assert bool(site.tensors) == (rank <= count)
-
-
-def test_the_default_is_the_best_quarter(four_sites: Calibrated) -> None:
-    assert chosen(choose(four_sites)) == order(four_sites)[:1]
-
-
-@pytest.mark.parametrize(
-    ("layers", "expected"),
-    [((1, 3), [1, 3]), ((-1, 0), [0, 3]), ([2, "layers.0"], [0, 2]), ((2, 2, -2), [2]), ((), [])],
-)
-def test_layers_takes_exactly_these(
-    four_sites: Calibrated, layers: Any, expected: list[int]
-) -> None:
-    plan = choose(four_sites, layers=layers)
-    assert chosen(plan) == expected
-    for i, site in enumerate(plan.sites):
-        assert site.reason == ("named in `layers`" if i in expected else "not in `layers`")
-
-
-def test_max_nmse_bounds_every_choice(four_sites: Calibrated) -> None:
-    ranking, errors = order(four_sites), [fit.holdout_nmse for fit in four_sites.fits]
-    limit = (errors[ranking[1]] + errors[ranking[2]]) / 2
-    within = sorted(ranking[:2])
-    assert chosen(choose(four_sites, max_nmse=limit)) == within
-    assert chosen(choose(four_sites, max_nmse=limit, count=4)) == within
-    assert chosen(choose(four_sites, max_nmse=limit, count=1)) == ranking[:1]
-    assert chosen(choose(four_sites, max_nmse=limit, layers=range(4))) == within
-    assert chosen(choose(four_sites, max_nmse=1e-9)) == []
-    worst = choose(four_sites, max_nmse=limit).sites[ranking[3]]
-    assert worst.reason == f"held-out NMSE {errors[ranking[3]]:.3f} exceeds max_nmse={limit:g}"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"layers": (4,)}, "layers holds 4, but the model has 4 sites"),
-        ({"layers": (-5,)}, "layers holds -5, but the model has 4 sites"),
-        ({"layers": ("layers.9",)}, "layers names 'layers.9', .*; sites: layers.0, layers.1"),
-        ({"count": 5}, "count=5 exceeds the 4 FFN sites"),
-    ],
-)
-def test_sites_that_do_not_exist(
-    four_sites: Calibrated, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        choose(four_sites, **options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"keep": 0.5}, {"guard": "predicted"}, {"capacity": 0.5}, {"rank": 3}]
-)
-def test_another_form_must_be_calibrated(four_sites: Calibrated, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="was not fitted; calibrate with it"):
-        four_sites.plan(ffn=nbl.FFN(**{"keep": 0.25, **options}))
-
-
-def test_only_the_chosen_sites_change_the_model(four_sites: Calibrated) -> None:
-    model = own_model(False, True, False, True)
-    with torch.no_grad():
-        made = compiled_ffn(model, choose(four_sites, layers=(1,)))(rows())
-        stream_ = rows()
-        for i, layer in enumerate(model.layers):
-            if i == 1:
-                site = choose(four_sites, layers=(1,)).sites[1]
-                layout = LAYOUTS["own gated"]
-                layer = FoldedFFN(site, read_weights(layer, layout), layout.activation)
-            stream_ = stream_ + layer(stream_)
-    torch.testing.assert_close(made, stream_, rtol=2e-5, atol=2e-5)
-
-
-# Together with attention.
-
-ATTENTION, FFNS = nbl.Attention(count=1), nbl.FFN(count=1, keep=0.25)
-
-
-@cache
-def both() -> tuple[nn.Module, nbl.Plan]:
-    model = tiny()
-    config = nbl.Config(attention=ATTENTION, ffn=FFNS)
-    plan = nbl.calibrate(model, texts(), config, progress=False)
-    nbl.attach(model, None)
-    return model, plan
-
-
-def test_one_calibration_for_both_kinds_is_the_two_apart() -> None:
-    model, plan = both()
-    apart = [
-        nbl.calibrate(model, texts(), nbl.Config(attention=a, ffn=f), progress=False)
-        for a, f in ((ATTENTION, None), (None, FFNS))
-    ]
-    nbl.attach(model, None)
-    sites = [*apart[0].sites, *apart[1].sites]
-    assert [site.kind for site in plan.sites] == ["attention"] * 2 + ["ffn"] * 2
-    joined = replace(plan, sites=tuple(sites))
-    assert joined.digest == plan.digest
-
-
-def test_a_plan_of_both_kinds_survives_its_file(tmp_path: Path) -> None:
-    model, plan = both()
-    plan.save(tmp_path / "plan.safetensors")
-    loaded = nbl.Plan.load(tmp_path / "plan.safetensors")
-    assert loaded.digest == plan.digest
-    for key, tensor in plan.tensors().items():
-        assert loaded.tensors()[key].dtype == tensor.dtype
-        assert torch.equal(loaded.tensors()[key], tensor)
-    first = output(compiled(model, plan=plan), text(), use_cache=False)
-    assert torch.equal(output(compiled(model, plan=loaded), text(), use_cache=False), first)
-    assert not torch.equal(output(model, text(), use_cache=False), first)
-
-
-def test_a_batch_that_ranks_by_loss_is_not_fitted_to() -> None:
-    """The last batch is set aside in every pass, also if the batches come from an iterator."""
-    model, options = tiny(layers=1), nbl.FFN(max_nmse=1e9, keep=0.25)
-    config = nbl.Config(attention=nbl.Attention(rank_by="loss", count=1), ffn=options)
-    plan = nbl.calibrate(model, iter(texts()), config, progress=False)
-    alone = nbl.calibrate(
-        model, texts()[:-1], nbl.Config(attention=None, ffn=options), progress=False
-    )
-    assert_same_plan(
-        replace(plan, sites=tuple(s for s in plan.sites if s.kind == "ffn")), alone, 0.0
-    )
-
-
-# Whose plan it is.
-
-
-@cache
-def owned() -> tuple[OwnModel, nbl.Plan]:
-    model = own_model(False, False)
-    plan = folded(model, layers=(1,), **FORMS["exact"])
-    nbl.attach(model, None)
-    return model, plan
-
-
-def scale_down(model: OwnModel) -> None:
-    model.layers[1].down.weight.mul_(1.01)
-
-
-def shift_bias(model: OwnModel) -> None:
-    model.layers[1].up.bias.add_(0.01)
-
-
-def change_before(model: OwnModel) -> None:
-    model.layers[0].up.weight.mul_(1.01)
-
-
-def permute_neurons(model: OwnModel) -> None:
-    """The same function, but the plan's neurons would be others."""
-    ffn = model.layers[1]
-    for tensor, dim in ((ffn.up.weight, 0), (ffn.up.bias, 0), (ffn.down.weight, 1)):
-        tensor.copy_(tensor.flip(dim))
-
-
-def run(model: nn.Module, plan: nbl.Plan) -> None:
-    with torch.no_grad():
-        compiled_ffn(model, plan)(rows(1, 3))
-
-
-@pytest.mark.parametrize("change", [scale_down, shift_bias, change_before, permute_neurons])
-def test_other_weights(change: Callable[[OwnModel], None]) -> None:
-    model, plan = owned()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        change(other)
-    message = "is not one that the plan was calibrated on; calibrate this model"
-    with pytest.raises(PlanMismatchError, match=message):
-        nbl.attach(other, plan)
-    with pytest.raises(PlanMismatchError, match=message):
-        run(other, plan)
-
-
-def test_the_same_weights_in_other_places() -> None:
-    model, plan = owned()
-    other = copy.deepcopy(model)
-    other.layers = nn.ModuleList(reversed(other.layers))
-    with pytest.raises(PlanMismatchError, match=r"does not fit layers\.1"):
-        run(other, plan)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (lambda: own_model(False, False, activation="silu"), "activation 'gelu', the model has"),
-        (lambda: own_model(False, False, seed=1), "does not fit"),
-        (lambda: own_model(False, True), "gated False, the model has True"),
-    ],
-)
-def test_another_model(other: Callable[[], OwnModel], message: str) -> None:
-    """The first has the very same weights, names and shapes, and another activation."""
-    with pytest.raises(PlanMismatchError, match=message):
-        run(other(), owned()[1])
-
-
-def edited(plan: nbl.Plan, key: str, tensor: Tensor | None) -> nbl.Plan:
-    site = plan.sites[1]
-    tensors = {name: t for name, t in site.tensors.items() if name != key}
-    if tensor is not None:
-        tensors[key] = tensor
-    return replace(plan, sites=(plan.sites[0], replace(site, tensors=tensors)))
-
-
-@pytest.mark.parametrize("how", ["missing", "short"])
-@pytest.mark.parametrize("key", ["weight", "bias", "kept", "up_slope", "intercept", "low", "high"])
-def test_tensors_of_the_wrong_shape(key: str, how: str) -> None:
-    model, plan = owned()
-    tensor = plan.sites[1].tensors[key]
-    wrong = None if how == "missing" else tensor[1:]
-    shape = "None" if wrong is None else str(tuple(wrong.shape))
-    message = rf"the plan's {key} for layers\.1 has shape "
-    with pytest.raises(PlanMismatchError, match=message) as raised:
-        run(model, edited(plan, key, wrong))
-    assert f"has shape {shape}, the model needs {tuple(tensor.shape)}" in str(raised.value)
-
-
-@pytest.mark.parametrize("key", ["neurons", "gated", "activation"])
-def test_facts_of_another_ffn(key: str) -> None:
-    model, plan = owned()
-    site = plan.sites[1]
-    other = {"neurons": NEURONS + 1, "gated": True, "activation": "relu"}[key]
-    wrong = replace(site, details={**site.details, key: other})
-    with pytest.raises(PlanMismatchError, match=f"the plan folds layers.1 with {key} {other!r}"):
-        run(model, replace(plan, sites=(plan.sites[0], wrong)))
-
-
-def test_weights_that_were_released_for_another_plan() -> None:
-    model = own_model(False)
-    plan = folded(model, **FORMS["exact, 8 bits"])
-    nbl.release(model, plan, rows(1, 3))
-    run(model, plan)
-    with pytest.raises(WeightsReleasedError, match=r"folding layers\.0 by this plan needs 4"):
-        run(model, replace(plan))
-    with pytest.raises(WeightsReleasedError, match="calibration needs 4 weight"):
-        folded(model)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.ffn_calibrating import assert_same_plan, grid_model, on_a_grid
 from helpers.own_ffn import ffn_config, rows
+from helpers.processes import PROCESSES, calibrate_in_processes
 from torch import Tensor
 
 import nbl_compiler as nbl
-from nbl_compiler.errors import NBLError
 
 # Float32 rounding of products that were cut into other blocks, times the condition of the fit.
 TOLERANCE = 1e-4
-PROCESSES = 2
 FORMS: dict[str, tuple[bool, dict[str, Any]]] = {
     "kept, gated": (True, {"keep": 0.25}),
     "predicted, gated": (True, {"keep": 0.25, "guard": "predicted", "capacity": 0.3}),
@@ -49,33 +43,15 @@ def calibrate(scenario: str, batches: list[Tensor]) -> nbl.Plan:
     return nbl.calibrate(grid_model(gated), batches, config, progress=False)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """Calibrate in every scenario, and leave the plan or the error in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(minutes=2),
-    )
-    for scenario in SCENARIOS:
-        path = Path(folder) / f"{scenario}.{rank}"
-        try:
-            calibrate(scenario, share(rank, scenario)).save(path)
-        except NBLError as error:
-            path.write_text(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
+def calibrate_share(rank: int, scenario: str) -> nbl.Plan:
+    return calibrate(scenario, share(rank, scenario))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what the processes left."""
     folder = tmp_path_factory.mktemp("distributed_ffn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=PROCESSES)
+    calibrate_in_processes(calibrate_share, SCENARIOS, folder)
     return folder
 
 

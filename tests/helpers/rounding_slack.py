@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nbl_compiler.solvers.activation_errors import lipschitz, max_affine_error
-from nbl_compiler.solvers.activations import activation
+from nbl_compiler.solvers.activation_errors import ROUNDING, max_affine_error
+from nbl_compiler.solvers.activations import Activation, activation
 from nbl_compiler.solvers.affine_fit import AffineFit
 from nbl_compiler.solvers.folding import FFNWeights
 
@@ -63,3 +63,15 @@ def rounding_slack(
     folded_bias = (weights.w2.double() @ intercept_bias).abs() + b2
     terms = (2 * largest + affine) @ w2.T + folded_row * size + folded_bias + b2
     return 2 * (hidden_error @ w2.T) + 2 * gamma_f * terms
+
+
+def lipschitz(sigma: Activation, lo: Tensor, hi: Tensor) -> Tensor:
+    """Maximum of |σ'(z)| over z in [lo, hi], per neuron, float64; infinite if unbounded."""
+    lo, hi = lo.double(), hi.double()
+    edges = torch.tensor(sigma.breakpoints, dtype=torch.float64, device=lo.device)
+    # σ' may jump at a kink: look at both of its sides.
+    infinity = torch.tensor(torch.inf, dtype=torch.float64, device=lo.device)
+    sides = torch.cat([edges, torch.nextafter(edges, -infinity), torch.nextafter(edges, infinity)])
+    inside = sides.expand(*lo.shape, -1).clamp(lo[..., None], hi[..., None])
+    points = torch.cat([lo[..., None], inside, hi[..., None]], -1)
+    return sigma.derivative(points).abs().amax(-1) * (1 + ROUNDING)

@@ -8,13 +8,13 @@ import mpmath
 import pytest
 import sympy
 import torch
+from helpers.rounding_slack import lipschitz
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mpmath import iv
 
 from nbl_compiler.solvers.activation_errors import (
     affine_residual_extremes,
-    lipschitz,
     max_affine_error,
     stationary_points,
 )
