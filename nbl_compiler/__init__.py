@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbl_compiler.plan import Plan, Site
     from nbl_compiler.registry import attach
     from nbl_compiler.resident import Released, release, resident_bytes
+    from nbl_compiler.text import token_batches
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Report": "nbl_compiler.explanation",
     "reset_guard_counts": "nbl_compiler.guards",
     "resident_bytes": "nbl_compiler.resident",
+    "token_batches": "nbl_compiler.text",
 }
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "release",
     "reset_guard_counts",
     "resident_bytes",
+    "token_batches",
 ]
 
 

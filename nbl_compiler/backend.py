@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dump import DumpFolder
-from nbl_compiler.errors import InferenceOnlyError, StrictError
+from nbl_compiler.errors import InferenceOnlyError, NBLWarning, StrictError
 from nbl_compiler.generate import run_compiled_in_generate
 from nbl_compiler.graph_report import REWRITING, GraphReport
 from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
@@ -203,10 +203,6 @@ def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, NBLWarning, stacklevel=2)
-
-
-class NBLWarning(UserWarning):
-    """Something works, but not as the user may expect."""
 
 
 run_compiled_in_generate(nbl)

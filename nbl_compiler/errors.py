@@ -48,3 +48,7 @@ class WeightsReleasedError(NBLError, RuntimeError):
 
 class ToolchainError(NBLError, RuntimeError):
     """Something that lowering needs is missing from the machine (a C++ compiler, say)."""
+
+
+class NBLWarning(UserWarning):
+    """Something works, but not as the user may expect."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.progress import token_bar
+from nbl_compiler.text import opened_rows
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,10 @@ def evaluation_rows(
         ids.extend(tokenizer(document, add_special_tokens=False, truncation=False)["input_ids"])
         if len(ids) >= tokens:
             break
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step = length - len(opening)
-    rows = [
-        torch.tensor([opening + ids[i : i + step]]) for i in range(0, len(ids) - step + 1, step)
-    ]
-    rows = rows[: max(tokens // length, 1)]
+    rows = [row for row in opened_rows(ids, tokenizer, length) if len(row) == length]
     if not rows:
-        raise ConfigError(f"the evaluation text has {len(ids)} tokens; one row needs {step}")
-    return rows
+        raise ConfigError(f"the evaluation text has {len(ids)} tokens; one row needs {length}")
+    return [torch.tensor([row]) for row in rows[: max(tokens // length, 1)]]
 
 
 def perplexity(

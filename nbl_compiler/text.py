@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,10 @@ def token_batches(
 ) -> list[Tensor]:
     """Pack documents into full rows of token ids.
 
-    Documents follow one another, each with the tokenizer's own special tokens. A last, shorter
-    row is kept only if there is no full one.
+    Documents follow one another, each with the tokenizer's own special tokens, and every row opens
+    with the BOS token where there is one: models that were trained so behave in another way
+    without it (their attention sinks into it), which must not enter the fit. A last, shorter row is
+    kept only if there is no full one.
 
     Args:
         documents: Any iterable of texts; read only as far as needed.
@@ -116,10 +118,26 @@ def token_batches(
         ids.extend(tokenizer(document, truncation=False)["input_ids"])
         if len(ids) >= tokens:
             break
-    ids = ids[:tokens]
     if not ids:
         raise ConfigError("the text is empty")
-    if len(ids) < length:
-        return [torch.tensor([ids])]
-    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return list(rows.split(batch))
+    rows = opened_rows(ids[:tokens], tokenizer, length)
+    whole = [row for row in rows[: tokens // length] if len(row) == length]
+    if not whole:
+        return [torch.tensor([rows[0][:tokens]])]
+    return list(torch.tensor(whole).split(batch))
+
+
+def opened_rows(ids: Sequence[int], tokenizer: Any, length: int) -> list[list[int]]:
+    """Cut token ids into rows of at most ``length`` tokens that all open with BOS, if it exists.
+
+    A BOS that stands at the cut already is not doubled.
+    """
+    bos = tokenizer.bos_token_id
+    rows: list[list[int]] = []
+    start = 0
+    while start < len(ids):
+        opening = [] if bos is None or ids[start] == bos else [bos]
+        end = start + length - len(opening)
+        rows.append([*opening, *ids[start:end]])
+        start = end
+    return rows

@@ -17,6 +17,7 @@ from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.progress import token_bar
+from nbl_compiler.row_openings import RowOpenings
 from nbl_compiler.select import check_selection
 
 
@@ -101,15 +102,18 @@ def _run_batches(
     compiled = torch.compile(_private_forward(model), backend=observer.backend, dynamic=None)
     cheap = cheap_arguments(model)
     device = device_of(model)
+    openings = RowOpenings(model)
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     with torch.no_grad(), _many_shapes(), token_bar(total, title, progress) as advance:
         for number, batch in enumerate(batches):
             inputs = model_inputs(model, batch, device)
             observer.start_batch(inputs)
+            openings.add(inputs)
             compiled(**{**cheap, **inputs})
             if number == 0:
                 check()  # a wrong request ends here, not after the last batch
             advance(observer.batch_tokens)
+    openings.warn()
 
 
 def _private_forward(model: nn.Module) -> Callable[..., Any]:

@@ -20,8 +20,13 @@ from torch import Tensor, nn
 
 import nbl_compiler as nbl
 from nbl_compiler import backend
-from nbl_compiler.backend import NBLWarning
-from nbl_compiler.errors import ConfigError, InferenceOnlyError, StrictError, ToolchainError
+from nbl_compiler.errors import (
+    ConfigError,
+    InferenceOnlyError,
+    NBLWarning,
+    StrictError,
+    ToolchainError,
+)
 
 # Float32 rounding of a tiny model with logits of order 1–10.
 TOLERANCE = 1e-4

@@ -24,8 +24,8 @@ from models.architectures import BY_NAME, VOCABULARY, inputs
 from torch import Tensor, nn
 
 import nbl_compiler as nbl
-from nbl_compiler.backend import NBLWarning
 from nbl_compiler.calibration import observe_model
+from nbl_compiler.errors import NBLWarning
 from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.plan import Plan, Site
 

@@ -57,7 +57,7 @@ def compilations() -> Iterator[list[int]]:
     counts[0] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
 
 
-no_plan = pytest.mark.filterwarnings("ignore:backend=:nbl_compiler.backend.NBLWarning")
+no_plan = pytest.mark.filterwarnings("ignore:backend=:nbl_compiler.errors.NBLWarning")
 
 
 def test_calibrate_attaches_its_plan() -> None:

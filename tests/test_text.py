@@ -56,11 +56,33 @@ def test_a_missing_column_is_named(tmp_path: Path):
     st.integers(1, 3),
 )
 def test_packing_keeps_the_tokens_in_order(documents, tokens, length, batch):
-    stream = [i for d in documents for i in Bytes()(d)["input_ids"]][:tokens]
-    rows = torch.cat(token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch))
-    packed = rows.flatten().tolist()
-    assert packed == stream[: len(packed)]
-    assert len(packed) == (len(stream) // length * length or len(stream))
+    stream = [i for d in documents for i in Bytes()(d)["input_ids"]]
+    batches = token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch)
+    assert all(len(rows) == batch for rows in batches[:-1])
+    rows = torch.cat(batches)
+    assert (rows[:, 0] == Bytes.bos_token_id).all()
+    assert rows.shape[1] == length or len(rows) == 1
+    assert rows.numel() <= tokens
+    text = [i for i in rows.flatten().tolist() if i != Bytes.bos_token_id]
+    assert text == [i for i in stream if i != Bytes.bos_token_id][: len(text)]
+
+
+def test_packing_leaves_out_less_than_a_row():
+    documents = ["abcdefghij" * 3] * 4
+    rows = torch.cat(token_batches(documents, Bytes(), tokens=100, length=8, batch=3))
+    assert rows.shape == (12, 8)  # 100 // 8 rows, all from text that is there
+
+
+def test_a_bos_at_the_cut_is_not_doubled():
+    rows = torch.cat(token_batches(["abc", "def", "ghi"], Bytes(), tokens=12, length=4))
+    assert rows.tolist() == [[256, *map(ord, text)] for text in ("abc", "def", "ghi")]
+
+
+def test_without_bos_rows_are_the_plain_stream():
+    tokenizer = Bytes()
+    tokenizer.bos_token_id = None
+    rows = torch.cat(token_batches(["abcdefgh"], tokenizer, tokens=8, length=3))
+    assert rows.numel() == 6
 
 
 def test_evaluation_rows_open_with_bos_and_do_not_overlap():
@@ -70,7 +92,7 @@ def test_evaluation_rows_open_with_bos_and_do_not_overlap():
 
 
 def test_too_little_text_to_evaluate():
-    with pytest.raises(ConfigError, match="one row needs 511"):
+    with pytest.raises(ConfigError, match="one row needs 512"):
         evaluation_rows(["short"], Bytes(), tokens=512)
 
 

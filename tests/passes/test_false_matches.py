@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 import nbl_compiler as nbl
 from nbl_compiler import backend
+from nbl_compiler.errors import NBLWarning
 
 # Float32 rounding of two linear layers and a norm; the maps have entries of size 1.
 TOLERANCE = 1e-4
@@ -72,7 +73,7 @@ def run(form: Form, kind: type[nn.Module]) -> Result:
         outputs = torch.compile(model, backend="nbl", options=options)(*tokens(form))
         torch.manual_seed(5)
         dense = model(*tokens(form))
-    own = [str(w.message) for w in caught if issubclass(w.category, backend.NBLWarning)]
+    own = [str(w.message) for w in caught if issubclass(w.category, NBLWarning)]
     (graph,) = graphs
     return Result(model, plan, graph, outputs, dense, own)
 
