@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nbl_compiler.guard_counters import GuardCounts
     from nbl_compiler.guards import guard_counts, guard_recall, reset_guard_counts
     from nbl_compiler.kv_cache import cache, cache_bytes
+    from nbl_compiler.passes.base import Pass, PassReport, Rejected
     from nbl_compiler.plan import Plan, Site
     from nbl_compiler.registry import attach
     from nbl_compiler.resident import Released, release, resident_bytes
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Pass": "nbl_compiler.passes.base",
+    "PassReport": "nbl_compiler.passes.base",
     "Plan": "nbl_compiler.plan",
     "Site": "nbl_compiler.plan",
     "attach": "nbl_compiler.registry",
@@ -40,6 +43,7 @@ _HOMES = {
     "GuardCounts": "nbl_compiler.guard_counters",
     "release": "nbl_compiler.resident",
     "Released": "nbl_compiler.resident",
+    "Rejected": "nbl_compiler.passes.base",
     "Report": "nbl_compiler.explanation",
     "reset_guard_counts": "nbl_compiler.guards",
     "resident_bytes": "nbl_compiler.resident",
@@ -51,7 +55,10 @@ __all__ = [
     "Attention",
     "Config",
     "GuardCounts",
+    "Pass",
+    "PassReport",
     "Plan",
+    "Rejected",
     "Released",
     "Report",
     "Site",

@@ -30,6 +30,7 @@ from nbl_compiler.passes.upstream import upstream_weights
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.plan_file import load_shared
 from nbl_compiler.released_weights import refuse_released
+from nbl_compiler.trace import announce
 from nbl_compiler.user_errors import reported_by_dynamo
 
 _NO_PLAN = (
@@ -70,23 +71,29 @@ def _compile(
     if options.dump_dir is not None:
         dump = DumpFolder(options.dump_dir, None if plan is None else plan.digest)
         dump.traced(graph_module)
-    if plan is None or not plan.rewritten:
+    if not options.passes and (plan is None or not plan.rewritten):
+        announce(plan, (), graph_module)
         if dump is not None:
             dump.summary(graph_module)
         refuse_released(example_inputs, "a model without this plan")
         return lower(graph_module, example_inputs, options.lowering, patches)
-    _require_inference(example_inputs)
-    guard_on_weights(graph_module)
+    plan = plan or Plan()
+    if plan.rewritten:
+        _require_inference(example_inputs)
+        guard_on_weights(graph_module)
     graph_module = private_copy(graph_module)
     weights = _weights(graph_module, example_inputs)
     before = graph_cost(graph_module) if options.report is not None else None
-    runs = run_pipeline(build_pipeline(plan, options.lowering), graph_module, dump)
+    passes = build_pipeline(plan, options.lowering, options.passes)
+    runs = run_pipeline(passes, graph_module, dump)
+    announce(plan, runs, graph_module)
     if options.report is not None and before is not None:
         options.report(GraphReport(tuple(runs), before, graph_cost(graph_module)))
     if dump is not None:
         dump.summary(graph_module)
     _check_sites(graph_module, runs, plan, options.strict)
-    _check_weights(graph_module, weights, plan)
+    if plan.rewritten:
+        _check_weights(graph_module, weights, plan)
     read = (weights.get(n.name) for n in graph_module.graph.nodes if is_weight(n) and n.users)
     refuse_released(read, "this graph")
     lifted = lifted_tensors(graph_module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.lowering.lower import LOWERINGS, mode_options
+from nbl_compiler.passes.base import Pass
+from nbl_compiler.passes.extension import check_passes
 from nbl_compiler.plan import Plan
 
 
@@ -24,7 +26,9 @@ class Options:
         strict: Raise if a graph holds sites and one that the plan rewrites is not rewritten.
         mode: ``torch.compile``'s ``mode``, which torch does not take beside ``options``.
         inductor: Patches of ``torch._inductor.config``; they come after those of ``mode``.
-        report: Called with a ``GraphReport`` for every graph that a plan was applied to.
+        report: Called with a ``GraphReport`` for every graph that passes ran on.
+        passes: Passes of your own (``docs/passes.md`` says how to write one); they run with or
+            without a plan.
     """
 
     plan: Plan | str | PathLike[str] | None = None
@@ -34,6 +38,7 @@ class Options:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[GraphReport], None] | None = None
+    passes: Sequence[Pass] = ()
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -49,6 +54,7 @@ class Options:
                 raise ConfigError(f"unknown option {name!r}; backend nbl knows {', '.join(known)}")
         if mode is not None:
             given.setdefault("mode", mode)
+        given["passes"] = check_passes(given.get("passes", ()))
         parsed = cls(**given)
         _check_type("plan", parsed.plan, (Plan, str, PathLike, type(None)), "a Plan or its path")
         _check_type("dump_dir", parsed.dump_dir, (str, PathLike, type(None)), "a folder")

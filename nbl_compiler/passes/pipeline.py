@@ -9,10 +9,12 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
+from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.base import Pass, PassReport
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.clean_up import CleanUp
 from nbl_compiler.passes.drop_cache_updates import DropCacheUpdates
+from nbl_compiler.passes.extension import insert_passes
 from nbl_compiler.passes.fold_ffn import FoldFFN
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.linearize_attention import LinearizeAttention
@@ -22,8 +24,16 @@ from nbl_compiler.passes.stream_products import StreamProducts
 from nbl_compiler.plan import Plan
 
 
-def build_pipeline(plan: Plan, lowering: str = "eager") -> tuple[Pass, ...]:
-    """Return the passes in their order for one plan and one way of lowering."""
+def build_pipeline(
+    plan: Plan, lowering: str = "eager", extra: Sequence[Pass] = ()
+) -> tuple[Pass, ...]:
+    """Return the passes in their order for one plan and one way of lowering.
+
+    Args:
+        plan: The plan.
+        lowering: As in ``Options``.
+        extra: The user's own passes (see ``nbl_compiler.passes.extension``).
+    """
     passes: tuple[Pass, ...] = (
         Canonicalize(),
         MatchAttention(),
@@ -33,7 +43,9 @@ def build_pipeline(plan: Plan, lowering: str = "eager") -> tuple[Pass, ...]:
         FoldFFN(plan),
         CleanUp(),
     )
-    return (*passes, StreamProducts()) if lowering == "inductor" else passes
+    if lowering == "inductor":
+        passes = (*passes, StreamProducts())
+    return insert_passes(passes, extra)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def run_pipeline(
         if dump is not None:
             dump.before(index, step.name, graph_module)
         started = time.perf_counter()
-        report = step(graph_module)
+        report = _run(step, graph_module)
         run = PassRun(step.name, report, time.perf_counter() - started)
         _verify(step.name, graph_module, signature)
         if dump is not None:
@@ -76,6 +88,17 @@ def run_pipeline(
         runs.append(run)
     graph_module.recompile()
     return runs
+
+
+def _run(step: Pass, graph_module: GraphModule) -> PassReport:
+    try:
+        report = step(graph_module)
+    except Exception as error:
+        error.add_note(f"in pass {step.name}")
+        raise
+    if not isinstance(report, PassReport):
+        raise ConfigError(f"pass {step.name} returned {report!r}; a pass returns a PassReport")
+    return report
 
 
 def _signature(graph_module: GraphModule) -> tuple[tuple[str, ...], int]:
