@@ -8,7 +8,7 @@ It predicts *ratios* between two graphs on one machine, which is what a rewrite 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -173,13 +173,14 @@ _PROBE_NUMBERS = 2**25
 """128 MiB: more than any cache."""
 
 
-def measure_machine(repeats: int = 9, width: int = 1024) -> Machine:
+def measure_machine(repeats: int = 9, width: int = 1024, *, streamed: bool = True) -> Machine:
     """Measure this machine's rates, of both kinds of linear layers (float32, CPU; seconds).
 
     Args:
         repeats: Medians of this many runs.
         width: Columns of the matrix, the model's hidden size: rows of other lengths are read at
             other rates.
+        streamed: Also measure ``streamed_linear``, which has to be compiled for it.
     """
     from nbl_compiler.timing import median_seconds
 
@@ -187,9 +188,10 @@ def measure_machine(repeats: int = 9, width: int = 1024) -> Machine:
     vector, block = torch.randn(1, width), torch.randn(256, width)
     slow = median_seconds(lambda: F.linear(vector, weight), repeats)
     fast = median_seconds(lambda: F.linear(block, weight), repeats)
-    streamed = torch.compile(streamed_linear, dynamic=False)
-    streamed(vector, weight)
-    quick = median_seconds(lambda: streamed(vector, weight), repeats)
-    return Machine(
-        weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast, weight.nbytes / quick
-    )
+    machine = Machine(weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast)
+    if not streamed:
+        return machine
+    compiled = torch.compile(streamed_linear, dynamic=False)
+    compiled(vector, weight)
+    quick = median_seconds(lambda: compiled(vector, weight), repeats)
+    return replace(machine, streamed_bytes_per_second=weight.nbytes / quick)

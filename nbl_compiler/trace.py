@@ -53,8 +53,8 @@ def _headline(plan: Plan | None, runs: Sequence[PassRun]) -> str:
     name = "no plan" if plan is None else f"plan {plan.digest[:16]}"
     seconds = sum(run.seconds for run in runs)
     return (
-        f"graph {_compile_id()}: {name}; {len(matched)} sites match, {len(rewritten)} are rewritten, "
-        f"{len(left)} left alone; {len(runs)} passes in {seconds * 1e3:.0f} ms"
+        f"graph {_compile_id()}: {name}; {len(matched)} sites match, {len(rewritten)} are "
+        f"rewritten, {len(left)} left alone; {len(runs)} passes in {seconds * 1e3:.0f} ms"
     )
 
 

@@ -18,6 +18,7 @@ class Rejected:
         node: Name of the graph node that decided it.
         reason: One sentence for the user.
         source: The line of the model's code that produced the node, if Dynamo recorded it.
+        passed: How many of the matcher's steps went well before; 0 if a plan left the site alone.
     """
 
     site: str
@@ -25,6 +26,7 @@ class Rejected:
     node: str
     reason: str
     source: str = ""
+    passed: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,16 @@ class Pass(Protocol):
 
 
 def source_line(node: Node) -> str:
-    """Return the last line of the user's code in the node's stack trace, or an empty string."""
+    """Return where the model's code made the node, as ``File …, line … | code``, or "".
+
+    Of the frames that Dynamo recorded the last one in a ``modeling_*.py`` is the model's own; the
+    ones behind it are transformers' shared attention and activation functions.
+    """
     trace = node.meta.get("stack_trace") or node.stack_trace or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip(" ^~\n")]
-    return " | ".join(lines[-2:])
+    starts = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    own = [i for i in starts if "/modeling_" in lines[i]]
+    if not starts:
+        return " | ".join(lines[-2:])
+    first = (own or starts)[-1]
+    return " | ".join(lines[first : first + 2])

@@ -30,10 +30,15 @@ _MAX_EXPANSIONS = 8  # MLA needs 3, MLA with adapters 5
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an anchor is no site: the node that decides it, and one sentence."""
+    """Why an anchor is no site: the node that decides it, and one sentence.
+
+    ``passed`` says how many of the matcher's steps went well before: what came furthest is the
+    nearest miss.
+    """
 
     node: Node
     reason: str
+    passed: int = 0
 
 
 @dataclass(frozen=True)

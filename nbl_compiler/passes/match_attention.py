@@ -15,7 +15,7 @@ rejected with a reason (see ``docs/passes.md``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
@@ -65,10 +65,9 @@ def match(graph_module: GraphModule) -> Matches:
     rejected: list[Rejected] = []
     for name, (anchor, result) in zip(names, results, strict=True):
         if isinstance(result, Refusal):
+            source = source_line(anchor.node)
             rejected.append(
-                Rejected(
-                    name, "attention", result.node.name, result.reason, source_line(anchor.node)
-                )
+                Rejected(name, "attention", result.node.name, result.reason, source, result.passed)
             )
         else:
             region = (result.hidden.node, result.output)
@@ -120,11 +119,23 @@ def _check(anchor: Anchor, topology: Topology) -> _Region | Refusal:
         return Refusal(anchor.node, "dropout is active; call model.eval() first")
     tail = _output_projection(anchor)
     if isinstance(tail, Refusal):
-        return tail
+        return replace(tail, passed=1)
     output, side_operands = tail
     hidden = find_hidden({**anchor.operands, **side_operands}, topology)
     if isinstance(hidden, Refusal):
-        return hidden
+        return replace(hidden, passed=2)
+    refusal = _refuse_region(hidden, output, topology)
+    if refusal is not None:
+        return replace(refusal, passed=3)
+    interior = _interior(hidden.node, output, topology)
+    cache = cache_use(interior, output, topology)
+    if isinstance(cache, Refusal):
+        return replace(cache, passed=4)
+    return _Region(hidden, output, interior, cache)
+
+
+def _refuse_region(hidden: HiddenState, output: Node, topology: Topology) -> Refusal | None:
+    """Say what is wrong with a region whose two ends are known, if anything is."""
     write = _write_between(hidden, output, topology)
     if write is not None:
         return Refusal(write, f"more than one hidden input: `{write.name}` overwrites the first")
@@ -135,10 +146,7 @@ def _check(anchor: Anchor, topology: Topology) -> _Region | Refusal:
     shape_in, shape_out = shape_of(hidden.node), shape_of(output)
     if shape_in is None or shape_out is None or shape_in[:-1] != shape_out[:-1]:
         return Refusal(output, f"output of shape {shape_out} does not follow input {shape_in}")
-    cache = cache_use(interior, output, topology)
-    if isinstance(cache, Refusal):
-        return cache
-    return _Region(hidden, output, interior, cache)
+    return None
 
 
 def _write_between(hidden: HiddenState, output: Node, topology: Topology) -> Node | None:

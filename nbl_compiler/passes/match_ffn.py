@@ -21,7 +21,7 @@ gates of attention, state-space models, heads with a norm) are no FFNs and not l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
@@ -123,7 +123,8 @@ def _named(
         anchor = skip_passes(candidate.result)
         if isinstance(result, Refusal):
             source = source_line(anchor)
-            rejected.append(Rejected(name, "ffn", result.node.name, result.reason, source))
+            node, passed = result.node.name, result.passed
+            rejected.append(Rejected(name, "ffn", node, result.reason, source, passed))
         else:
             weights = _weights(result, topology)
             found.append(FFNMatch(site=name, anchor=anchor, **vars(result), weights=weights))
@@ -157,16 +158,22 @@ def _check(candidate: Candidate, flow: ValueFlow, topology: Topology) -> _Site |
         return without_projection(candidate)
     other = None if path.factor is None else read_projection(path.factor)
     if path.factor is not None and other is None:
-        return odd_factor(path, inner, flow)
+        return _passed(1, odd_factor(path, inner, flow))
     if path.down is None:
-        return without_down(candidate, inner, flow)
+        return _passed(1, without_down(candidate, inner, flow))
     name = identify(candidate.region, candidate.result)
     if width(path.down) != width(inner.source):
-        return None if name is None or path.refusal else other_width(path.down, inner)
+        known = name is not None and not path.refusal
+        return _passed(2, other_width(path.down, inner)) if known else None
     if name is None:
-        return unknown_activation(candidate, flow)
+        return _passed(2, unknown_activation(candidate, flow))
     gate, up = (None, inner) if other is None else (inner, other)
-    return path.refusal or _site(path.down, gate, up, name, flow, topology)
+    return _passed(3, path.refusal or _site(path.down, gate, up, name, flow, topology))
+
+
+def _passed(steps: int, result: _Site | Refusal | None) -> _Site | Refusal | None:
+    """Note in a refusal how far the candidate came."""
+    return replace(result, passed=steps) if isinstance(result, Refusal) else result
 
 
 def _site(

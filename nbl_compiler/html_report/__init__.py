@@ -1,0 +1,1 @@
+"""The report of ``nbl explain --html``: one file that opens anywhere, without a network."""

@@ -1,0 +1,113 @@
+"""Measured time of each site: its region cut out of the graph, before against after.
+
+The values that enter a region are recorded while the model runs on the example inputs, so the
+regions do real work on real values. Each is lowered on its own and timed in turns with what the
+passes put in its place; what Inductor would fuse across the cut is therefore not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from nbl_compiler.lowering.lower import lower
+from nbl_compiler.timing import interleaved
+
+_REPEATS = 7
+
+
+def time_sites(
+    before: GraphModule,
+    after: GraphModule,
+    regions: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+    inputs: tuple[Sequence[Any], Sequence[Any]],
+    lowering: str = "inductor",
+) -> dict[str, tuple[float, float]]:
+    """Return site → median seconds before and after.
+
+    Args:
+        before: The graph as traced.
+        after: The graph after the passes.
+        regions: Site → names of its nodes in both graphs.
+        inputs: One value per input of both graphs.
+        lowering: As in ``Options``.
+    """
+    pieces = []
+    for graph_module, values, side in ((before, inputs[0], 0), (after, inputs[1], 1)):
+        cut = {site: _cut(graph_module, names[side]) for site, names in regions.items()}
+        entering = {node.name for piece, nodes in cut.values() for node in nodes}
+        seen = _record(graph_module, values, entering)
+        pieces.append({
+            site: _ready(piece, [seen[node.name] for node in nodes], lowering)
+            for site, (piece, nodes) in cut.items()
+        })  # fmt: skip
+    times = {}
+    for site in regions:
+        timing = interleaved({"before": pieces[0][site], "after": pieces[1][site]}, _REPEATS)
+        times[site] = (timing["before"].median, timing["after"].median)
+    return times
+
+
+def _cut(graph_module: GraphModule, names: Iterable[str]) -> tuple[GraphModule, list[Node]]:
+    """Return the region as a graph of its own, and the nodes whose values enter it."""
+    inside = set(names)
+    nodes = [node for node in graph_module.graph.nodes if node.name in inside]
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    entering: list[Node] = []
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.name not in inside and source not in copies:
+                copies[source] = graph.placeholder(source.name)
+                copies[source].meta = dict(source.meta)
+                entering.append(source)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    leaving = [n for n in nodes if any(user.name not in inside for user in n.users)] or nodes[-1:]
+    graph.output(tuple(copies[node] for node in leaving))
+    return GraphModule(graph_module, graph), entering
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps copies of some nodes' values."""
+
+    def __init__(self, graph_module: GraphModule, wanted: set[str]) -> None:
+        super().__init__(graph_module)
+        self._wanted = wanted
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._wanted:
+            self.seen[n.name] = _own(value)  # later nodes may write into it
+        return value
+
+
+def _record(graph_module: GraphModule, values: Sequence[Any], wanted: set[str]) -> dict[str, Any]:
+    """Run the graph on copies of its inputs: a KV cache must not be written more than once."""
+    recorder = _Recorder(graph_module, wanted)
+    with torch.no_grad():
+        recorder.run(*map(_own, values))
+    return recorder.seen
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of a tensor that may be written; weights are only read, and large."""
+    written = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+    return value.clone() if written else value
+
+
+def _ready(piece: GraphModule, values: list[Any], lowering: str) -> Callable[[], Any]:
+    """Return a compiled, warm call of the region."""
+    compiled = lower(piece, values, lowering)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return compiled(*values)
+
+    call()
+    return call
