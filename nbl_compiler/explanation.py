@@ -29,6 +29,8 @@ from nbl_compiler.report import render
 from nbl_compiler.site_rows import SiteRow, Snapshots, site_rows
 from nbl_compiler.site_timing import time_sites
 
+_WIDE = 130
+
 
 @dataclass(frozen=True)
 class Report:
@@ -91,8 +93,12 @@ class Report:
     def __str__(self) -> str:
         return render(*self.tables(), width=150)
 
-    def tables(self) -> list[Any]:
-        """Return what ``print`` shows, for a rich console."""
+    def tables(self, width: int = 150) -> list[Any]:
+        """Return what ``print`` shows, for a rich console of this width (characters).
+
+        Where the reasons do not fit beside the figures, they follow as a list.
+        """
+        wide = width >= _WIDE
         title = f"{len(self.matched)} sites match, {len(self.rewritten)} are rewritten"
         if not self.matched:
             return [title, _nothing(self)]
@@ -101,13 +107,15 @@ class Report:
         table = Table(title=title, title_justify="left")
         if several:
             table.add_column("graph")
-        table.add_column("site", no_wrap=True)
-        table.add_column("what happens", no_wrap=True)
+        table.add_column("site", no_wrap=wide, overflow="fold")
+        table.add_column("what happens", no_wrap=wide)
         for name in ("held out", "CCA", "MB", "MFLOP", "predicted ms"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right", no_wrap=wide)
         if timed:
-            table.add_column("measured ms", justify="right", no_wrap=True)
-        table.add_column("what matched, or why not")
+            table.add_column("measured ms", justify="right", no_wrap=wide)
+        if wide:
+            table.add_column("what matched, or why not")
+        whys = []
         for row in self.rows:
             cells = [
                 row.site, row.state, _number(row.holdout_nmse, 3), _number(row.cca_bound, 1),
@@ -120,8 +128,9 @@ class Report:
                 cells.append(_pair(*(1e3 * s for s in measured)))
             where = ", ".join(filter(None, (f"node {row.node}", place(row.source))))
             why = f"{row.reason} ({where})" if row.reason else row.matched
-            table.add_row(*([str(row.graph)] if several else []), *cells, why)
-        return [table]
+            whys.append(f"{row.site}: {why}")
+            table.add_row(*([str(row.graph)] if several else []), *cells, *([why] if wide else []))
+        return [table] if wide else [table, *whys]
 
 
 def explain(

@@ -7,6 +7,11 @@ model's predictions least::
 
     disturbance = mean over positions of  Σ_v p(v) (log p(v) − log q(v)),   p dense, q with maps
 
+The mean is taken on text as it is, and on text that repeats itself. Some layers look for what
+followed an earlier occurrence of a token (induction heads, arXiv 2209.11895); no map of one token
+can do that. Ordinary text of a few hundred tokens hardly needs it, long contexts and texts with
+recurring names do, and repeated text is nothing else. Both means count alike.
+
 One traced graph serves all trials: at every site a switch passes the dense output on, or the map's.
 """
 
@@ -35,6 +40,8 @@ from nbl_compiler.select import Candidate, wanted_count
 # Fewer tokens make the order a matter of luck.
 TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
+# Rows of fewer tokens say nothing when they repeat themselves.
+MIN_REPEATED = 16
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
 
@@ -113,20 +120,27 @@ class _Trial:
     ) -> None:
         self._maps, self._residual = dict(maps), residual
         self._active: frozenset[str] = frozenset()
-        self._parts = _few_rows(model, batches)
+        natural = _few_rows(model, batches)
+        repeated = [r for part in natural if (r := _repeated(part)) is not None]
+        self._parts = (natural, repeated) if repeated else (natural,)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
-        self._dense: list[Tensor] = []
+        self._dense: dict[int, Tensor] = {}
 
     def __call__(self, active: frozenset[str]) -> float:
         """Return the mean KL divergence, in nats a token, that the active maps cause."""
         if not self._dense:
             self._active = frozenset()
-            self._dense = [self._log_probabilities(part) for part in self._parts]
+            self._dense = {
+                id(part): self._log_probabilities(part) for kind in self._parts for part in kind
+            }
         self._active = active
+        return sum(map(self._divergence, self._parts)) / len(self._parts)
+
+    def _divergence(self, parts: Sequence[_Part]) -> float:
         total, count = 0.0, 0
-        for part, dense in zip(self._parts, self._dense, strict=True):
-            other = self._log_probabilities(part)
+        for part in parts:
+            dense, other = self._dense[id(part)], self._log_probabilities(part)
             # Σ p (log p − log q), without further tensors of the vocabulary's size.
             divergence = F.kl_div(other, dense, reduction="sum", log_target=True)
             total, count = total + float(divergence), count + dense.shape[0]
@@ -135,7 +149,7 @@ class _Trial:
     def release(self) -> None:
         """Let go of maps and predictions: Dynamo's cache may outlive this object's use."""
         self._maps.clear()
-        self._dense = []
+        self._dense = {}
 
     def _log_probabilities(self, part: _Part) -> Tensor:
         logits = getattr(self._forward(**part.inputs), "logits", None)
@@ -184,6 +198,34 @@ class _Part:
 
     inputs: dict[str, Any]
     keep: Callable[[int], Tensor]
+
+
+def _repeated(part: _Part) -> _Part | None:
+    """Return half of the part's rows with their second half a repetition of the first.
+
+    The opening token is not repeated; only what follows the repeated tokens is compared. None for
+    inputs that cannot be cut so: no token ids, padded rows, rows of a few tokens.
+    """
+    ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < MIN_REPEATED:
+        return None
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        return None
+    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
+    half = -(-length // 2)
+    again = torch.cat([ids[:rows, : half + 1], ids[:rows, 1 : length - half]], 1)
+    inputs = {
+        name: value[:rows] if isinstance(value, Tensor) and name != "logits_to_keep" else value
+        for name, value in part.inputs.items()
+    }
+    inputs["input_ids"] = again
+    kept = inputs.get("logits_to_keep")
+    if isinstance(kept, Tensor):
+        inputs["logits_to_keep"] = kept[kept > half]
+        return _Part(inputs, lambda count: torch.arange(count, device=ids.device))
+    chosen = part.keep(ids.numel())
+    chosen = chosen[(chosen < rows * length) & (chosen % length > half)]
+    return _Part(inputs, lambda _: chosen)
 
 
 def _few_rows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[_Part]:

@@ -95,10 +95,11 @@ def token_batches(
 ) -> list[Tensor]:
     """Pack documents into full rows of token ids.
 
-    Documents follow one another, each with the tokenizer's own special tokens, and every row opens
-    with the BOS token where there is one: models that were trained so behave in another way
-    without it (their attention sinks into it), which must not enter the fit. A last, shorter row is
-    kept only if there is no full one.
+    A document that is longer than a row fills rows of its own, so that most rows are one coherent
+    context; what is left of the documents is packed together, each with the tokenizer's own special
+    tokens. Every row opens with the BOS token where there is one: models that were trained so
+    behave in another way without it (their attention sinks into it), which must not enter the fit.
+    A last, shorter row is kept only if there is no full one.
 
     Args:
         documents: Any iterable of texts; read only as far as needed.
@@ -113,18 +114,23 @@ def token_batches(
     Raises:
         ConfigError: if the documents hold no text.
     """
-    ids: list[int] = []
+    wanted = max(tokens // length, 1)
+    rows: list[list[int]] = []
+    left: list[int] = []  # what remains of documents
     for document in documents:
-        ids.extend(tokenizer(document, truncation=False)["input_ids"])
-        if len(ids) >= tokens:
+        own = opened_rows(tokenizer(document, truncation=False)["input_ids"], tokenizer, length)
+        rows += [row for row in own if len(row) == length]
+        left += own[-1] if own and len(own[-1]) < length else []
+        packed = opened_rows(left, tokenizer, length)
+        rows += [row for row in packed if len(row) == length]
+        left = packed[-1] if packed and len(packed[-1]) < length else []
+        if len(rows) >= wanted:
             break
-    if not ids:
+    if not rows and not left:
         raise ConfigError("the text is empty")
-    rows = opened_rows(ids[:tokens], tokenizer, length)
-    whole = [row for row in rows[: tokens // length] if len(row) == length]
-    if not whole:
-        return [torch.tensor([rows[0][:tokens]])]
-    return list(torch.tensor(whole).split(batch))
+    if not rows or tokens < length:
+        return [torch.tensor([(rows or [left])[0][:tokens]])]
+    return list(torch.tensor(rows[:wanted]).split(batch))
 
 
 def opened_rows(ids: Sequence[int], tokenizer: Any, length: int) -> list[list[int]]:

@@ -113,6 +113,17 @@ def test_explain_says_why(monkeypatch, capsys, folder, tmp_path):
     assert all("does not know" in why for site, why in report["reasons"].items() if "mlp" in site)
 
 
+def test_explain_writes_a_report_to_open(monkeypatch, capsys, folder, tmp_path):
+    path, page = tmp_path / "plan.safetensors", tmp_path / "report.html"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 1)
+    words = ("--plan", path, "--html", page, "--measure", "--lowering", "eager", "--json")
+    status, out, _ = call(monkeypatch, capsys, "explain", folder, *words)
+    assert status == 0
+    sites = json.loads(out)["sites"]
+    assert [site["state"] for site in sites if site["measured_ms"]] == ["rewritten"]
+    assert "8 sites match, 1 are rewritten" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

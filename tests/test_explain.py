@@ -91,6 +91,12 @@ def test_predicted_times_follow_the_machine(report: Report) -> None:
     assert row.after.seconds(machine) == pytest.approx(row.after.bytes / 1e9)
 
 
+def test_a_narrow_terminal_gets_the_reasons_below(report: Report) -> None:
+    _, *whys = report.tables(width=80)
+    assert [why.split(":")[0] for why in whys] == [row.site for row in report.rows]
+    assert len(report.tables(width=150)) == 1
+
+
 def test_json_is_plain(report: Report) -> None:
     plain = json.loads(json.dumps(report.as_json()))
     assert [site["state"] for site in plain["sites"]].count("rewritten") == 2

@@ -55,16 +55,30 @@ def test_a_missing_column_is_named(tmp_path: Path):
     st.integers(2, 16),
     st.integers(1, 3),
 )
-def test_packing_keeps_the_tokens_in_order(documents, tokens, length, batch):
-    stream = [i for d in documents for i in Bytes()(d)["input_ids"]]
+def test_rows_are_pieces_of_the_documents(documents, tokens, length, batch):
+    bos = Bytes.bos_token_id
     batches = token_batches(documents, Bytes(), tokens=tokens, length=length, batch=batch)
     assert all(len(rows) == batch for rows in batches[:-1])
     rows = torch.cat(batches)
-    assert (rows[:, 0] == Bytes.bos_token_id).all()
+    assert (rows[:, 0] == bos).all()
     assert rows.shape[1] == length or len(rows) == 1
     assert rows.numel() <= tokens
-    text = [i for i in rows.flatten().tolist() if i != Bytes.bos_token_id]
-    assert text == [i for i in stream if i != Bytes.bos_token_id][: len(text)]
+    pieces = [
+        piece
+        for row in rows.tolist()
+        for piece in bytes(i if i != bos else 10 for i in row).split(b"\n")
+    ]
+    assert all(any(piece.decode() in document for document in documents) for piece in pieces)
+    letters = "".join(documents)
+    for letter in "ab":
+        assert (rows == ord(letter)).sum() <= letters.count(letter)  # nothing is used twice
+
+
+def test_long_documents_fill_rows_of_their_own():
+    documents = ["abc", "ABCDEFGHIJKLMNOP", "def"]
+    rows = torch.cat(token_batches(documents, Bytes(), tokens=100, length=8))
+    text = [bytes(i for i in row if i != 256).decode() for row in rows.tolist()]
+    assert text == ["ABCDEFG", "HIJKLMN", "abcOP"]
 
 
 def test_packing_leaves_out_less_than_a_row():
