@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
+from nbl_compiler.dumps.inputs import DUMP_INPUTS
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.lowering.lower import LOWERINGS, mode_options
 from nbl_compiler.passes.base import Pass
 from nbl_compiler.passes.extension import check_passes
 from nbl_compiler.plan import Plan
+
+_FROM_ENVIRONMENT = {"dump_dir": "NBL_DUMP", "dump_inputs": "NBL_DUMP_INPUTS"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,14 @@ class Options:
     Args:
         plan: A plan, or the path of one; without it, the plan attached to the model.
         lowering: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
-        dump_dir: Folder for graph dumps.
+        dump_dir: Folder for graph dumps; without it, the environment variable ``NBL_DUMP``.
         strict: Raise if a graph holds sites and one that the plan rewrites is not rewritten.
         mode: ``torch.compile``'s ``mode``, which torch does not take beside ``options``.
         inductor: Patches of ``torch._inductor.config``; they come after those of ``mode``.
         report: Called with a ``GraphReport`` for every graph that passes ran on.
+        dump_inputs: ``"real"`` keeps the weights in the dump (once for all graphs), so that its
+            files compute what the model computes; ``"random"`` keeps their shape, mean and
+            standard deviation. Without it, ``NBL_DUMP_INPUTS``.
         passes: Passes of your own (``docs/passes.md`` says how to write one); they run with or
             without a plan.
     """
@@ -38,6 +45,7 @@ class Options:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[GraphReport], None] | None = None
+    dump_inputs: Literal["real", "random"] = "real"
     passes: Sequence[Pass] = ()
 
     @classmethod
@@ -54,12 +62,18 @@ class Options:
                 raise ConfigError(f"unknown option {name!r}; backend nbl knows {', '.join(known)}")
         if mode is not None:
             given.setdefault("mode", mode)
+        for name, variable in _FROM_ENVIRONMENT.items():
+            if given.get(name) is None and os.environ.get(variable):
+                given[name] = os.environ[variable]
         given["passes"] = check_passes(given.get("passes", ()))
         parsed = cls(**given)
         _check_type("plan", parsed.plan, (Plan, str, PathLike, type(None)), "a Plan or its path")
         _check_type("dump_dir", parsed.dump_dir, (str, PathLike, type(None)), "a folder")
         _check_type("strict", parsed.strict, (bool,), "True or False")
         _check_type("inductor", parsed.inductor, (Mapping,), "a mapping of Inductor's options")
+        if parsed.dump_inputs not in DUMP_INPUTS:
+            known_inputs = ", ".join(DUMP_INPUTS)
+            raise ConfigError(f"dump_inputs={parsed.dump_inputs!r} must be one of {known_inputs}")
         if parsed.lowering not in LOWERINGS:
             raise ConfigError(f"lowering={parsed.lowering!r} must be one of {', '.join(LOWERINGS)}")
         return parsed

@@ -1,31 +1,30 @@
-"""``options={"dump_dir": ...}``."""
+"""``options={"dump_dir": ...}``: what is written, that it runs alone, and what it says."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
-from helpers.plans import random_plan
-from helpers.tiny import compiled, output, text, tiny
-from models.architectures import BY_NAME, HIDDEN
+import torch
+from helpers.dumping import dumped, execute, graph_folders, last_file, outputs_of, plan_for
+from helpers.scenarios import full_inputs, subject
+from helpers.tiny import calibrated, compiled, output, text, texts, tiny
 from torch import nn
 
 import nbl_compiler as nbl
+from nbl_compiler import plan_file
+from nbl_compiler.backend import nbl as compile_graph
+from nbl_compiler.dumps.inputs import describe, read_inputs, write_inputs
+from nbl_compiler.dumps.parse import load_graph, parse
+from nbl_compiler.dumps.source import as_file, class_source
+from nbl_compiler.dumps.tensor_store import TensorStore
+from nbl_compiler.errors import ConfigError
 
 PASSES = ["canonicalize", "match_attention", "linearize_attention", "drop_cache_updates"]
-
-
-def dumped(tmp_path: Path, model: nn.Module, plan: nbl.Plan, *lengths: int) -> list[Path]:
-    fast = compiled(model, plan=plan, dump_dir=tmp_path / "dumps")
-    for length in lengths:
-        output(fast, text(length=length))
-    return sorted((tmp_path / "dumps").iterdir())
-
-
-def plan_for(model: nn.Module) -> nbl.Plan:
-    return random_plan(model, BY_NAME["llama"].site_names(2), [1], HIDDEN)
+LENGTHS = (8, 12)
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +34,22 @@ def plan() -> nbl.Plan:
 
 @pytest.fixture(scope="module")
 def folders(plan: nbl.Plan, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The dumps of one model's two graphs."""
-    return dumped(tmp_path_factory.mktemp("two graphs"), tiny(), plan, 8, 12)
+    """The dumps of one model's two graphs; the second is traced with symbolic sizes."""
+    return dumped(tmp_path_factory.mktemp("two graphs") / "dumps", tiny(), plan, *LENGTHS)
 
 
 def test_every_graph_has_its_folder_of_numbered_files(folders: list[Path]) -> None:
     assert [f.name for f in folders] == ["graph_000", "graph_001"]
     for folder in folders:
-        names = sorted(f.name for f in folder.iterdir())
+        names = sorted(f.name for f in folder.iterdir() if f.suffix != ".diff")
         assert names[0] == "00.dynamo.py"
-        assert names[-1] == "summary.md"
-        numbered = [re.fullmatch(r"(\d\d)\.(\w+)\.(before|after)\.py", n) for n in names[1:-1]]
+        assert names[-2:] == ["inputs.json", "summary.md"]
+        numbered = [re.fullmatch(r"(\d\d)\.(\w+)\.(before|after)\.py", n) for n in names[1:-2]]
         assert all(numbered)
         steps = [(int(m[1]), m[2]) for m in numbered if m is not None and m[3] == "after"]
         assert [number for number, _ in steps] == list(range(1, len(steps) + 1))
         assert [name for _, name in steps][: len(PASSES)] == PASSES
-        assert len(names) == 2 + 2 * len(steps)
+        assert len(names) == 3 + 2 * len(steps)
 
 
 def test_dumps_are_python_and_say_what_happened(folders: list[Path]) -> None:
@@ -62,10 +61,10 @@ def test_dumps_are_python_and_say_what_happened(folders: list[Path]) -> None:
     assert "# pass: linearize_attention, after\n# time: " in after
     assert "# rewritten: model.layers.1.self_attn\n" in after
     assert "# left alone: model.layers.0.self_attn: left dense by the test\n" in after
-    last = max(folder.glob("*.after.py")).read_text()
+    assert "modeling_llama.py" in after  # the lines of the model's code
     call = re.compile(r"= torch\._C\._nn\.scaled_dot_product_attention\(")
     assert len(call.findall(before)) == 2
-    assert len(call.findall(last)) == 1
+    assert len(call.findall(last_file(folder).read_text())) == 1
 
 
 def test_the_summary_fits_on_a_page(folders: list[Path], plan: nbl.Plan) -> None:
@@ -76,9 +75,281 @@ def test_the_summary_fits_on_a_page(folders: list[Path], plan: nbl.Plan) -> None
     assert len(summary.splitlines()) < 60
 
 
+def test_the_summary_says_why_a_graph_was_compiled(folders: list[Path]) -> None:
+    first, second = ((folder / "summary.md").read_text() for folder in folders)
+    assert "compiled because: first compilation of this code\n" in first
+    (why,) = re.findall("compiled because: (.*)", second)
+    assert re.search(r"size mismatch at index 1\. expected 8, actual 12", why)
+    assert "generic.py" in second  # the code: transformers' wrapper of forward
+    assert "[0/1]" in second
+
+
+def test_a_call_outside_dynamo_says_so(tmp_path: Path) -> None:
+    graph_module = torch.fx.symbolic_trace(nn.ReLU())
+    options = {"plan": nbl.Plan(), "lowering": "eager", "dump_dir": tmp_path}
+    compile_graph(graph_module, [torch.ones(2)], options=options)
+    summary = (tmp_path / "graph_000" / "summary.md").read_text()
+    assert "compiled because: the backend was called outside Dynamo" in summary
+
+
+def test_a_changed_dtype_is_named_as_the_reason(tmp_path: Path) -> None:
+    fast = compiled(tiny(layers=1), plan=nbl.Plan(), dump_dir=tmp_path)
+    output(fast, text(length=8))
+    output(fast, text(length=8).int())
+    why = (graph_folders(tmp_path)[1] / "summary.md").read_text()
+    assert "dtype mismatch" in why
+
+
+def test_diffs_show_what_a_pass_changed_and_nothing_else(folders: list[Path]) -> None:
+    folder = folders[0]
+    diff = (folder / "03.linearize_attention.diff").read_text().splitlines()
+    assert diff[:2] == [
+        "--- 03.linearize_attention.before.py",
+        "+++ 03.linearize_attention.after.py",
+    ]
+    added = [line for line in diff[2:] if line.startswith("+")]
+    removed = [line for line in diff[2:] if line.startswith("-")]
+    assert sum("nbl_model_layers_1_self_attn_weight" in line for line in added) == 2
+    assert len(added) == 4  # two inputs, the linear map, and the residual that reads it
+    assert len(removed) == 1
+    for name in ("02.match_attention", "05.match_ffn"):
+        assert (folder / f"{name}.after.py").exists()
+        assert not (folder / f"{name}.diff").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_run_alone_returns_what_the_compiled_model_returns(
+    folders: list[Path], plan: nbl.Plan, tmp_path: Path, which: int
+) -> None:
+    given = text(length=LENGTHS[which])
+    expected = output(compiled(tiny(), plan=plan), given)
+    dense = output(tiny(), given)
+    assert not torch.allclose(expected, dense, atol=1e-2)
+    *_, logits = outputs_of(last_file(folders[which]), tmp_path / "after")
+    torch.testing.assert_close(logits, expected)
+    *_, logits = outputs_of(folders[which] / "00.dynamo.py", tmp_path / "traced")
+    torch.testing.assert_close(logits, dense)
+
+
+def test_a_file_run_alone_prints_shapes_and_checksums(folders: list[Path]) -> None:
+    folder = folders[0]
+    traced, matched, after = (
+        execute(file).stdout.splitlines()
+        for file in (
+            folder / "00.dynamo.py",
+            folder / "02.match_attention.after.py",
+            last_file(folder),
+        )
+    )
+    assert traced[0] == "00.dynamo.py, eager"
+    line = re.compile(r"  output 4: float32\[4, 8, 64\], mean \S+, largest \S+, checksum [0-9a-f]+")
+    assert line.fullmatch(traced[-1])
+    assert traced[1:] == matched[1:]
+    assert traced[-1] != after[-1]
+
+
+def test_a_file_can_be_run_lowered(folders: list[Path]) -> None:
+    done = execute(last_file(folders[1]), "--lowering", "aot_eager")
+    assert re.search(r"aot_eager against eager: relative error \d\.\d+e[-+]\d+ ", done.stdout)
+
+
+def test_weights_are_stored_once_for_all_graphs(folders: list[Path]) -> None:
+    stored = list((folders[0].parent / "tensors").iterdir())
+    assert all(re.fullmatch(r"[0-9a-f]{32}\.safetensors", file.name) for file in stored)
+    weights = {*tiny().parameters()}
+    tokens, buffers, maps = len(LENGTHS), 1, 2
+    assert len(stored) == len(weights) + tokens + buffers + maps
+
+
+def test_random_weights_are_not_stored(plan: nbl.Plan, tmp_path: Path) -> None:
+    (folder,) = dumped(tmp_path, tiny(), plan, 8, dump_inputs="random")
+    tokens, buffers, maps = 1, 1, 2
+    assert len(list((tmp_path / "tensors").iterdir())) == tokens + buffers + maps
+    inputs, _ = read_inputs(folder / "inputs.json")
+    weight = tiny().lm_head.weight.detach()
+    name = "L_self_modules_lm_head_parameters_weight_"
+    assert inputs[name].shape == weight.shape
+    assert not torch.equal(inputs[name], weight)
+    assert float(inputs[name].std()) == pytest.approx(float(weight.std()), rel=0.1)
+    torch.testing.assert_close(
+        inputs["nbl_model_layers_1_self_attn_bias"], plan.rewritten[0].tensors["bias"]
+    )
+    header = last_file(folder).read_text()
+    assert "weights are random (dump_inputs='random')" in header
+    assert execute(last_file(folder)).stdout == execute(last_file(folder)).stdout != ""
+
+
+def test_guarded_ffns_and_calibrated_plans_run_alone(tmp_path: Path) -> None:
+    model = tiny(layers=1)
+    ffn = nbl.FFN(count=1, keep=0, guard="predicted", capacity=0.2)
+    plan = nbl.calibrate(model, texts(), nbl.Config(attention=None, ffn=ffn), progress=False)
+    nbl.attach(model, None)
+    (folder,) = dumped(tmp_path / "dumps", model, plan, 8)
+    assert "torch.ops.nbl.guarded_ffn" in last_file(folder).read_text()
+    *_, logits = outputs_of(last_file(folder), tmp_path / "after")
+    torch.testing.assert_close(logits, output(compiled(model, plan=plan), text(length=8)))
+
+
+def statements(code: str) -> list[str]:
+    """Return the lines of a dumped graph without imports and shapes."""
+    code = re.sub(r': "[^"]*"', "", code[code.index("class GraphModule") :])  # shapes
+    return [line for line in code.split('\n\nif __name__ == "__main__"')[0].splitlines() if line]
+
+
+class Awkward(nn.Module):
+    """Writes in place, branches, maps over a batch, and holds an infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("state", torch.zeros(3, 4))
+
+    def forward(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        state = self.state
+        state.add_(1)
+        state[0] = x[0]
+        state += count
+        y = nn.functional.linear(x + state, self.weight).T
+        z = torch.cond(y.sum() > 0, lambda a: a.sin() * 2, lambda a: a.cos(), (y,))
+        mapped = torch.func.vmap(lambda a: a * 2)(x)
+        return torch.full((2,), float("-inf")) + count, z**-2, -mapped, x[1:, None, ..., ::2]
+
+
+def test_awkward_graphs_run_alone_and_are_read_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Awkward(), torch.randn(3, 4)
+    options = {"lowering": "eager", "plan": nbl.Plan(), "dump_dir": tmp_path}
+    with torch.no_grad():
+        expected = torch.compile(model, backend="nbl", options=options)(x, 3)
+    file = tmp_path / "graph_000" / "00.dynamo.py"
+    for made, wanted in zip(outputs_of(file, tmp_path / "outputs"), expected, strict=True):
+        torch.testing.assert_close(made, wanted)
+    graph_module, inputs = load_graph(file, file.with_name("inputs.json"))
+    assert statements(class_source(graph_module)) == statements(file.read_text())
+    with torch.no_grad():
+        again = graph_module(*inputs)
+    for made, wanted in zip(again, expected, strict=True):
+        torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_reading_a_file_back_gives_the_graph_that_was_written(
+    folders: list[Path], which: int
+) -> None:
+    for file in (folders[which] / "00.dynamo.py", last_file(folders[which])):
+        written = file.read_text()
+        assert statements(class_source(parse(written, file.name))) == statements(written)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "mixtral", "t5"])
+def test_dumps_of_other_families_compute_what_was_compiled(name: str, tmp_path: Path) -> None:
+    one = subject(name, "sdpa")
+    fast = compiled(one.model, plan=one.plan, dump_dir=tmp_path)
+    expected = output(fast, **full_inputs(name))
+    (folder,) = graph_folders(tmp_path)
+    graph_module, inputs = load_graph(last_file(folder), folder / "inputs.json")
+    with torch.no_grad():
+        returned = graph_module(*inputs)
+    (found,) = [x for x in returned if x.shape == expected.shape]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("class GraphModule", "class Another"),
+        ("return (", "yield ("),
+        ("torch.sin", "torch.sinister"),
+        ("y = torch.sin(x)", "y = z"),
+        ("x[0] = y;  setitem = x", "x[0] = y"),
+        ("def forward(", "def forward("[:-1]),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(damage: tuple[str, str]) -> None:
+    sound = (
+        "import torch\n\nclass GraphModule(torch.nn.Module):\n    def forward(self, x):\n"
+        "        y = torch.sin(x)\n        x[0] = y;  setitem = x\n        return (setitem,)\n"
+    )
+    assert len(parse(sound, "sound.py").graph.nodes) == 4
+    with pytest.raises(ConfigError, match=r"broken.py is no dumped graph \("):
+        parse(sound.replace(*damage), "broken.py")
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """A function of no package, as a pass of one's own may bring into a graph."""
+    return x * 2
+
+
+def test_functions_from_elsewhere_are_imported(tmp_path: Path) -> None:
+    graph = torch.fx.Graph()
+    graph.output((graph.call_function(doubled, (graph.placeholder("x"),)),))
+    code = class_source(torch.fx.GraphModule(nn.Module(), graph))
+    assert f"from {__name__} import doubled as " in code
+    (node,) = parse(as_file(code, [], "inputs.json"), "a test").graph.find_nodes(
+        op="call_function", target=doubled
+    )
+    assert node.args[0].target == "x"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6, dtype=torch.int32).reshape(2, 3),
+        torch.randn(3, 4, dtype=torch.bfloat16).t(),
+        torch.randn(2, 12)[:, 4:8],
+        torch.randn(1, 4).expand(3, 4),
+        torch.tensor([True, False]),
+        torch.randn(3, dtype=torch.complex64),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.zeros(0, 3),
+        torch.tensor([float("nan"), float("inf")]),
+    ],
+    ids=["int32", "transposed", "slice", "expanded", "bool", "complex", "scalar", "empty", "nan"],
+)
+def test_a_tensor_comes_back_as_it_was(tensor: torch.Tensor, tmp_path: Path) -> None:
+    store = TensorStore(tmp_path / "tensors")
+    entry = describe("x", tensor, store)
+    write_inputs(tmp_path / "inputs.json", {"x": entry}, {}, store)
+    found = read_inputs(tmp_path / "inputs.json")[0]["x"]
+    torch.testing.assert_close(found, tensor, rtol=0, atol=0, equal_nan=True)
+    assert found.stride() == tensor.stride()
+    (file,) = (tmp_path / "tensors").iterdir()
+    assert file.stat().st_size < 200 + tensor.untyped_storage().nbytes()
+
+
+def test_what_cannot_be_stored_is_named_when_the_file_runs(folders: list[Path]) -> None:
+    file = folders[0] / "inputs.json"
+    content = json.loads(file.read_text())
+    content["inputs"]["L_args_0_"] = describe("L_args_0_", torch.Generator(), TensorStore(file))
+    broken = file.with_name("broken.json")
+    broken.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"input L_args_0_ is a torch.*Generator, which dumps"):
+        read_inputs(broken)
+    broken.unlink()
+
+
+def test_a_file_without_its_tensors_says_so(plan: nbl.Plan, tmp_path: Path) -> None:
+    (folder,) = dumped(tmp_path, tiny(), plan, 8)
+    (tmp_path / "tensors").rename(tmp_path / "elsewhere")
+    done = execute(last_file(folder))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "is missing; copy a dump together with its folder tensors" in line
+
+
+def test_autocast_is_part_of_a_dump(tmp_path: Path) -> None:
+    fast = compiled(tiny(layers=1), plan=nbl.Plan(), dump_dir=tmp_path / "dumps")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(fast, text(length=8))
+    assert expected.dtype == torch.bfloat16
+    (folder,) = graph_folders(tmp_path / "dumps")
+    *_, logits = outputs_of(folder / "00.dynamo.py", tmp_path / "outputs")
+    torch.testing.assert_close(logits, expected)
+
+
 def test_a_model_without_a_plan_is_dumped_as_it_is(tmp_path: Path) -> None:
     (folder,) = dumped(tmp_path, tiny(layers=1), nbl.Plan(), 8)
-    assert sorted(f.name for f in folder.iterdir()) == ["00.dynamo.py", "summary.md"]
+    assert sorted(f.name for f in folder.iterdir()) == ["00.dynamo.py", "inputs.json", "summary.md"]
 
 
 def test_folders_of_earlier_runs_are_kept(tmp_path: Path) -> None:
@@ -88,3 +359,65 @@ def test_folders_of_earlier_runs_are_kept(tmp_path: Path) -> None:
     second = dumped(tmp_path, model, nbl.Plan(), 12)
     assert len(second) == 2
     assert (first[0] / "summary.md").read_text() == content
+
+
+def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NBL_DUMP", str(tmp_path / "all"))
+    monkeypatch.setenv("NBL_DUMP_INPUTS", "random")
+    output(compiled(tiny(layers=1), plan=nbl.Plan()), text(length=8))
+    (folder,) = graph_folders(tmp_path / "all")
+    assert '"kind": "random"' in (folder / "inputs.json").read_text()
+    torch._dynamo.reset()
+    output(compiled(tiny(layers=1), plan=nbl.Plan(), dump_dir=tmp_path / "own"), text(length=8))
+    assert len(graph_folders(tmp_path / "own")) == 1
+    assert len(graph_folders(tmp_path / "all")) == 1
+
+
+def test_an_empty_variable_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBL_DUMP", "")
+    monkeypatch.chdir(tmp_path)
+    output(compiled(tiny(layers=1), plan=nbl.Plan()), text(length=8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_kind_of_inputs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dump_inputs='none' must be one of real, random"):
+        output(compiled(tiny(layers=1), plan=nbl.Plan(), dump_inputs="none"), text(length=8))
+
+
+def test_a_folder_that_fills_up_is_an_error_without_half_written_files(
+    plan: nbl.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = plan_file.os.fsync, 0
+
+    def full_after_ten(handle: int) -> None:
+        nonlocal written
+        written += 1
+        if written > 10:
+            raise OSError(28, "No space left on device")
+        write(handle)
+
+    monkeypatch.setattr(plan_file.os, "fsync", full_after_ten)
+    with pytest.raises(ConfigError, match=r"dump_dir .* cannot be written: No space left"):
+        dumped(tmp_path, tiny(), plan, 8)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 10
+    assert {file.suffix for file in files} == {".safetensors"}
+
+
+def test_dumping_changes_nothing_of_the_result(plan: nbl.Plan, tmp_path: Path) -> None:
+    model = tiny()
+    expected = output(compiled(model, plan=plan), text(length=8))
+    torch._dynamo.reset()
+    made = output(compiled(model, plan=plan, dump_dir=tmp_path), text(length=8))
+    assert torch.equal(made, expected)
+
+
+def test_a_calibrated_plan_found_by_itself_is_named(tmp_path: Path) -> None:
+    model = tiny(layers=1)
+    plan = calibrated(model, count=1)
+    output(compiled(model, dump_dir=tmp_path), text(length=8))
+    (folder,) = graph_folders(tmp_path)
+    assert plan.digest in (folder / "summary.md").read_text()

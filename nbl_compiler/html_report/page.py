@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import tempfile
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,6 +14,7 @@ from nbl_compiler.cost import Machine
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.html_report.curve import draw_curve, points
 from nbl_compiler.html_report.drawing import draw
+from nbl_compiler.plan_file import write_atomically
 from nbl_compiler.site_rows import SiteRow
 
 if TYPE_CHECKING:
@@ -29,15 +27,11 @@ def save_page(report: Report, path: str | PathLike[str]) -> None:
     Raises:
         ConfigError: if the folder does not exist or cannot be written.
     """
-    target = Path(path)
     text = page(report)
     try:
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(scratch).replace(target)
+        write_atomically(path, text.encode())
     except OSError as error:
-        raise ConfigError(f"the report {target} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"the report {path} cannot be written: {error.strerror}") from error
 
 
 def page(report: Report) -> str:

@@ -1,0 +1,79 @@
+"""The Python of the documentation runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.saved_model import save_tiny_llama
+from models.architectures import inputs, make
+
+import nbl_compiler as nbl
+from nbl_compiler.text import python_docs_parts
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def blocks(page: str) -> str:
+    """Return the Python blocks of a page, one after the other."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert found, page
+    return "\n".join(found)
+
+
+def execute(code: str, **names: Any) -> dict[str, Any]:
+    exec(compile(code, "<documentation>", "exec"), names)
+    return names
+
+
+def test_quickstart_and_plan_format(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks("docs/quickstart.md").replace("65_536", "4096")
+    ran = execute(code, path=folder, documents=python_docs_parts()[0])
+    assert len(ran["plan"].rewritten) == 2
+    assert ran["again"].logits.isfinite().all()
+    assert (tmp_path / "report.html").is_file()
+    told = execute(blocks("docs/plan-format.md"), nbl=nbl)
+    assert told["plan"].digest == ran["plan"].digest
+
+
+def test_the_readme_s_ten_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks("README.md").replace("65_536", "4096").replace("count=4", "count=1")
+    code = code.replace('{"plan":', '{"lowering": "eager", "plan":')
+    ran = execute(code, path=folder, documents=python_docs_parts()[0])
+    assert len(ran["plan"].rewritten) == 1
+    assert ran["logits"].isfinite().all()
+
+
+def test_the_own_pass_of_the_page() -> None:
+    options = execute(blocks("docs/own-pass.md"))["options"]
+    reports: list[Any] = []
+    model = make("gpt2")
+    given = {**options, "report": reports.append}
+    fast = torch.compile(model, backend="nbl", options=given)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(**inputs("gpt2")).logits, model(**inputs("gpt2")).logits, rtol=0, atol=0
+        )
+    (run,) = (r for r in reports[0].runs if r.name == "drop_inactive_dropout")
+    assert re.fullmatch(r"[1-9]\d* dropouts gone", run.report.notes[0])
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
