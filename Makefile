@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-speed-ffn bench-ffn \
-	bench-ffn-quality bench-embedding bench-calibration clean
+	bench-ffn-quality bench-embedding bench-calibration bench-monitor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-embedding: $(STAMP)  ## Embeddings of MiniLM-L6 with all FFNs folded: TEXT
 
 bench-calibration: $(STAMP)  ## Calibration throughput and memory
 	$(BIN)/python benchmarks/calibration_cost.py
+
+bench-monitor: $(STAMP)  ## What nbl.monitor adds to the time of a decoded token
+	$(BIN)/python benchmarks/monitor_cost.py
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from nbl_compiler.guard_counters import GuardCounts
     from nbl_compiler.guards import guard_counts, guard_recall, reset_guard_counts
     from nbl_compiler.kv_cache import cache, cache_bytes
+    from nbl_compiler.monitoring.monitor import Monitor, monitor
+    from nbl_compiler.monitoring.verdict import MonitorLimits, SiteTraffic
     from nbl_compiler.passes.base import Pass, PassReport, Rejected
     from nbl_compiler.plan import Plan, Site
     from nbl_compiler.registry import attach
@@ -41,12 +43,16 @@ _HOMES = {
     "guard_counts": "nbl_compiler.guards",
     "guard_recall": "nbl_compiler.guards",
     "GuardCounts": "nbl_compiler.guard_counters",
+    "monitor": "nbl_compiler.monitoring.monitor",
+    "Monitor": "nbl_compiler.monitoring.monitor",
+    "MonitorLimits": "nbl_compiler.monitoring.verdict",
     "release": "nbl_compiler.resident",
     "Released": "nbl_compiler.resident",
     "Rejected": "nbl_compiler.passes.base",
     "Report": "nbl_compiler.explanation",
     "reset_guard_counts": "nbl_compiler.guards",
     "resident_bytes": "nbl_compiler.resident",
+    "SiteTraffic": "nbl_compiler.monitoring.verdict",
     "token_batches": "nbl_compiler.text",
 }
 
@@ -55,6 +61,8 @@ __all__ = [
     "Attention",
     "Config",
     "GuardCounts",
+    "Monitor",
+    "MonitorLimits",
     "Pass",
     "PassReport",
     "Plan",
@@ -62,6 +70,7 @@ __all__ = [
     "Released",
     "Report",
     "Site",
+    "SiteTraffic",
     "__version__",
     "attach",
     "cache",
@@ -71,6 +80,7 @@ __all__ = [
     "explain",
     "guard_counts",
     "guard_recall",
+    "monitor",
     "release",
     "reset_guard_counts",
     "resident_bytes",

@@ -13,12 +13,13 @@ from torch.fx import GraphModule
 
 from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
-from nbl_compiler.dump import DumpFolder
+from nbl_compiler.dumps.folder import DumpFolder
 from nbl_compiler.errors import InferenceOnlyError, NBLWarning, StrictError
 from nbl_compiler.generate import run_compiled_in_generate
 from nbl_compiler.graph_report import REWRITING, GraphReport
 from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
 from nbl_compiler.lowering.lower import Compiled, lower
+from nbl_compiler.monitoring.watch import GraphWatch, guard_on_watch
 from nbl_compiler.options import Options
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, load_folded
 from nbl_compiler.passes.graph_tools import is_weight
@@ -27,6 +28,7 @@ from nbl_compiler.passes.pipeline import PassRun, build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.sites import AttentionMatch, load_linearized, load_matches
 from nbl_compiler.passes.upstream import upstream_weights
+from nbl_compiler.passes.watch_inputs import site_weights
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.plan_file import load_shared
 from nbl_compiler.released_weights import refuse_released
@@ -69,8 +71,9 @@ def _compile(
     plan = _find_plan(options, graph_module, example_inputs)
     dump = None
     if options.dump_dir is not None:
-        dump = DumpFolder(options.dump_dir, None if plan is None else plan.digest)
-        dump.traced(graph_module)
+        digest = None if plan is None else plan.digest
+        dump = DumpFolder(options.dump_dir, digest, options.dump_inputs)
+        dump.traced(graph_module, example_inputs)
     if not options.passes and (plan is None or not plan.rewritten):
         announce(plan, (), graph_module)
         if dump is not None:
@@ -84,8 +87,10 @@ def _compile(
     graph_module = private_copy(graph_module)
     weights = _weights(graph_module, example_inputs)
     before = graph_cost(graph_module) if options.report is not None else None
-    passes = build_pipeline(plan, options.lowering, options.passes)
+    watch = GraphWatch(plan)
+    passes = build_pipeline(plan, options.lowering, options.passes, watch)
     runs = run_pipeline(passes, graph_module, dump)
+    guard_on_watch(watch, site_weights(graph_module))
     announce(plan, runs, graph_module)
     if options.report is not None and before is not None:
         options.report(GraphReport(tuple(runs), before, graph_cost(graph_module)))
@@ -100,10 +105,12 @@ def _compile(
     nodes = graph_module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
     fakes = [node.meta["example_value"] for node in nodes]
     compiled = lower(graph_module, [*example_inputs, *fakes], options.lowering, patches)
-    return _close_over(compiled, lifted, plan)
+    return _close_over(compiled, lifted, plan, watch)
 
 
-def _close_over(compiled: Compiled, lifted: Sequence[Tensor], plan: Plan) -> Compiled:
+def _close_over(
+    compiled: Compiled, lifted: Sequence[Tensor], plan: Plan, watch: GraphWatch
+) -> Compiled:
     if not lifted:
         return compiled
     extra = tuple(lifted)
@@ -112,6 +119,7 @@ def _close_over(compiled: Compiled, lifted: Sequence[Tensor], plan: Plan) -> Com
         return compiled(*inputs, *extra)
 
     run.plan = plan  # type: ignore[attr-defined]  # keeps a plan given by its path loaded
+    run.watch = watch  # type: ignore[attr-defined]  # its sums are found as long as it runs
     return run
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``nbl calibrate | explain | eval | generate | bench | demo``."""
+"""The command line: ``nbl calibrate | explain | eval | generate | bench | demo | minify``."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def explain(
     model: Model,
     plan: Annotated[Path | None, typer.Option(help="Plan to apply.")] = None,
     attention: Annotated[str, typer.Option(help="Attention implementation.")] = "sdpa",
+    length: Annotated[int, typer.Option(help="Tokens of the example input.")] = 8,
+    measure: Annotated[bool, typer.Option("--measure", help="Time every rewritten site.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a report to open here.")] = None,
+    lowering: Lowering = "inductor",
     as_json: Json = False,
 ) -> None:
     """Say which sites match, which a plan rewrites, and why the others are left alone."""
@@ -113,14 +117,20 @@ def explain(
 
     loaded, _ = load_causal(model)
     loaded.set_attn_implementation(attention)
-    ids = torch.ones(1, 8, dtype=torch.long)
-    report = run(loaded, ids, plan=Plan.load(plan) if plan else None, use_cache=False)
+    ids = torch.ones(1, length, dtype=torch.long)
+    report = run(
+        loaded, ids, plan=Plan.load(plan) if plan else None, measure=measure, lowering=lowering,
+        use_cache=False,
+    )  # fmt: skip
+    if html is not None:
+        report.save_html(html)
     if as_json:
-        _print_json(
-            {"matched": report.matched, "rewritten": report.rewritten, "reasons": report.reasons}
-        )
+        _print_json(report.as_json())
     else:
-        console.print(str(report), highlight=False, markup=False)
+        for part in report.tables(console.width):
+            console.print(part, highlight=False, markup=False)
+        if html is not None:
+            console.print(f"written to {html}")
 
 
 @app.command(name="eval")
@@ -252,6 +262,26 @@ def demo(
         console.print(str(result.plan), highlight=False, markup=False)
         console.print(show.table(result))
         console.print(show.notes(result), highlight=False, markup=False)
+
+
+@app.command()
+def minify(
+    dump: Annotated[Path, typer.Argument(help="A dumped file, a graph's folder, or all dumps.")],
+    lowering: Annotated[str, typer.Option(help="aot_eager or inductor.")] = "aot_eager",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error; by default by the dtype.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the smallest part of a dumped graph that its lowering computes wrongly."""
+    from nbl_compiler.minify import minify as run
+
+    results = run(dump, lowering, tolerance, progress=not as_json)
+    if as_json:
+        _print_json([result.as_json() for result in results])
+    else:
+        for result in results:
+            console.print(str(result), highlight=False, markup=False, soft_wrap=True)
 
 
 def _layers(text: str | None) -> tuple[int | str, ...] | None:

@@ -20,6 +20,8 @@ from nbl_compiler.guard_counters import new_counters
 
 Made = TypeVar("Made")
 Kind = Literal["attention", "ffn"]
+INPUT_STATISTICS = ("input_mean", "input_scale")
+"""Names of a site's tensors that describe what its map reads, rather than the map."""
 Decision = Literal["rewritten", "kept", "rejected"]
 
 
@@ -40,6 +42,8 @@ class Site:
             int64, ``down`` [d_out, k]: their refitted columns of W2), and with a guard the slopes,
             ranges, predictor and certified ``bound`` [d_out] (see ``docs/passes.md``). Empty
             otherwise.
+        inputs: For a rewritten site the calibrated distribution of what its map reads, per
+            component (``nbl_compiler.monitoring.statistics``). Empty in plans of older releases.
         details: Plain numbers, strings and lists: ``input``, ``ridge``, ``rank``, ``tokens``,
             ``width_in``, ``width_out``, ``parameters`` (how many the region reads),
             ``parameters_read`` (of a folded FFN, for one token), and ``weights`` (which of the
@@ -55,6 +59,7 @@ class Site:
     cca_bound: float = float("nan")
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def header(self) -> dict[str, Any]:
         """Return everything but the tensors (see ``to_json``)."""
@@ -117,7 +122,11 @@ class Plan:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor, named ``<site>/<tensor>``."""
-        return {f"{s.name}/{key}": tensor for s in self.sites for key, tensor in s.tensors.items()}
+        return {
+            f"{site.name}/{key}": tensor
+            for site in self.sites
+            for key, tensor in {**site.tensors, **site.inputs}.items()
+        }
 
     def site(self, name: str) -> Site:
         """Return the site of that name.
@@ -171,9 +180,12 @@ class Plan:
         made: Made = self._made[key]
         return made
 
-    def counters(self, site: str, device: torch.device) -> Tensor:
-        """Return the counters of a guarded site on a device (``nbl_compiler.guard_counts``)."""
-        return self.remember((site, "counters", device), lambda: new_counters(device))
+    def counters(self, site: str, device: torch.device, of: int | None = None) -> Tensor:
+        """Return the counters of a guarded site on a device (``nbl_compiler.guard_counts``).
+
+        All graphs share them but those that count apart, by a number of their own.
+        """
+        return self.remember((site, "counters", device, of), lambda: new_counters(device))
 
     def all_counters(self) -> list[tuple[str, Tensor]]:
         """Return (site name, counters) for every guarded site and device in use."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nbl_compiler.errors import ConfigError, PlanFormatError
 from nbl_compiler.fingerprint import Sketch
-from nbl_compiler.plan import Plan, Site, from_json, to_json
+from nbl_compiler.plan import INPUT_STATISTICS, Plan, Site, from_json, to_json
 
 VERSION = 1
 _KEY = "nbl_plan"
@@ -120,10 +120,14 @@ def _checked(text: str, tensors: dict[str, Tensor], path: str) -> Plan:
 
 def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     own: dict[str, dict[str, Tensor]] = {}
+    inputs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         site, key = name.rsplit("/", 1)
-        own.setdefault(site, {})[key] = tensor
-    sites = tuple(Site(**item, tensors=own.get(item["name"], {})) for item in header["sites"])
+        (inputs if key in INPUT_STATISTICS else own).setdefault(site, {})[key] = tensor
+    sites = tuple(
+        Site(**item, tensors=own.get(item["name"], {}), inputs=inputs.get(item["name"], {}))
+        for item in header["sites"]
+    )
     fingerprint = tuple(
         Sketch(tuple(shape), dtype, norm, value)
         for shape, dtype, norm, value in header["fingerprint"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.ffn.sites import FFNFit
+from nbl_compiler.monitoring.statistics import input_statistics
 from nbl_compiler.observe import Observation, SiteMoments
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.plan import Decision, Site
@@ -25,7 +27,7 @@ class Candidate:
     """A site with its fitted map, not yet decided on.
 
     ``loss_rank`` is its place in the order that least disturbs the model's predictions, if that
-    was measured (``rank_by="loss"``).
+    was measured (``rank_by="loss"``); ``inputs`` describes what the map reads.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Candidate:
     cca_bound: float
     details: dict[str, Any]
     loss_rank: int | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fit_sites(observation: Observation, config: Config, *, progress: bool) -> tuple[Candidate, ...]:
@@ -93,6 +96,7 @@ def decide_ffn(
                 fit.holdout_nmse,
                 tensors=fit.tensors if decision == "rewritten" else {},
                 details=fit.details,
+                inputs=fit.inputs if decision == "rewritten" else {},
             )
         )
     sites += [
@@ -104,8 +108,12 @@ def decide_ffn(
 
 
 def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
-    fit = fit_linear(site.train, site.holdout, config.ridge)
-    return Candidate(name, fit, cca_bound(site.train), site.details)
+    train = site.train
+    fit = fit_linear(train, site.holdout, config.ridge)
+    count = max(train.count, 1)
+    variance = train.xx.diagonal() / count - (train.sum_x / count).square()
+    inputs = input_statistics(train.mean_x, variance)
+    return Candidate(name, fit, cca_bound(train), site.details, inputs=inputs)
 
 
 def choose(
@@ -212,4 +220,5 @@ def _site(candidate: Candidate, replace: bool, reason: str) -> Site:
     return Site(
         candidate.name, "attention", "rewritten" if replace else "kept", reason,
         fit.nmse, fit.holdout_nmse, candidate.cca_bound, tensors, details,
+        candidate.inputs if replace else {},
     )  # fmt: skip

@@ -123,7 +123,8 @@ def test_a_calibrated_plan_is_a_plain_safetensors_file(real: nbl.Plan, tmp_path:
     real.save(path)
     (site,) = real.rewritten
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {f"{site.name}/weight", f"{site.name}/bias"}
+        names = ("weight", "bias", "input_mean", "input_scale")
+        assert set(file.keys()) == {f"{site.name}/{name}" for name in names}
         assert torch.equal(file.get_tensor(f"{site.name}/weight"), site.tensors["weight"])
     assert b"pickle" not in path.read_bytes()
     assert str(nbl.Plan.load(path)) == str(real)

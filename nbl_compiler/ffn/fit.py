@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
 
 from nbl_compiler.config import FFN, Ridge
 from nbl_compiler.ffn.exact import fit_exact
@@ -10,6 +13,7 @@ from nbl_compiler.ffn.keep_and_fold import choose_kept, fit_keep_and_fold, outpu
 from nbl_compiler.ffn.predicted import RunPass, fit_predicted
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage
+from nbl_compiler.monitoring.statistics import input_statistics
 
 
 def fit_ffns(
@@ -44,4 +48,11 @@ def fit_ffns(
             fits = fit_predicted(sites, kept, first, options, ridge, run_pass)
             fits += [fit_keep_and_fold(sites[n], kept[n], None, ridge) for n in whole]
     order = list(sites)
+    fits = [replace(fit, inputs=_inputs(first[fit.name])) for fit in fits]
     return tuple(sorted(fits, key=lambda fit: order.index(fit.name)))
+
+
+def _inputs(first: NeuronStage) -> dict[str, Tensor]:
+    """Return what the plan stores of the distribution of x."""
+    moments = first.moments
+    return input_statistics(moments.input_mean, moments.input_covariance.diagonal())

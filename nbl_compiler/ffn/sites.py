@@ -57,6 +57,7 @@ class FFNFit:
         tensors: What the plan stores (see ``nbl_compiler.plan.Site``).
         details: Plain facts for the plan.
         refusal: Why this site cannot be folded as asked, or an empty string.
+        inputs: The distribution of x over the calibration text (``Site.inputs``).
     """
 
     name: str
@@ -65,6 +66,7 @@ class FFNFit:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

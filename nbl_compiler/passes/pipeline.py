@@ -10,6 +10,7 @@ from typing import Protocol
 from torch.fx import GraphModule
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.monitoring.watch import GraphWatch
 from nbl_compiler.passes.base import Pass, PassReport
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.clean_up import CleanUp
@@ -21,11 +22,15 @@ from nbl_compiler.passes.linearize_attention import LinearizeAttention
 from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.match_ffn import MatchFFN
 from nbl_compiler.passes.stream_products import StreamProducts
+from nbl_compiler.passes.watch_inputs import WatchInputs
 from nbl_compiler.plan import Plan
 
 
 def build_pipeline(
-    plan: Plan, lowering: str = "eager", extra: Sequence[Pass] = ()
+    plan: Plan,
+    lowering: str = "eager",
+    extra: Sequence[Pass] = (),
+    watch: GraphWatch | None = None,
 ) -> tuple[Pass, ...]:
     """Return the passes in their order for one plan and one way of lowering.
 
@@ -33,7 +38,9 @@ def build_pipeline(
         plan: The plan.
         lowering: As in ``Options``.
         extra: The user's own passes (see ``nbl_compiler.passes.extension``).
+        watch: Of the graph, in case it is monitored.
     """
+    watching = (WatchInputs(watch),) if watch is not None and watch.wanted else ()
     passes: tuple[Pass, ...] = (
         Canonicalize(),
         MatchAttention(),
@@ -41,6 +48,7 @@ def build_pipeline(
         DropCacheUpdates(),
         MatchFFN(),
         FoldFFN(plan),
+        *watching,
         CleanUp(),
     )
     if lowering == "inductor":

@@ -1,0 +1,1 @@
+"""Watching compiled models at run time: ``nbl_compiler.monitor``."""
