@@ -34,7 +34,7 @@ class Options:
         dump_inputs: ``"real"`` keeps the weights in the dump (once for all graphs), so that its
             files compute what the model computes; ``"random"`` keeps their shape, mean and
             standard deviation. Without it, ``NBL_DUMP_INPUTS``.
-        passes: Passes of your own (``docs/passes.md`` says how to write one); they run with or
+        passes: Passes of your own (``docs/own-pass.md`` says how to write one); they run with or
             without a plan.
     """
 

@@ -40,8 +40,8 @@ class Site:
         tensors: For a rewritten site ``weight`` [d_out, d] and ``bias`` [d_out], float32, with
             y = x @ weight.T + bias for attention. An FFN adds its kept neurons (``kept`` [k]
             int64, ``down`` [d_out, k]: their refitted columns of W2), and with a guard the slopes,
-            ranges, predictor and certified ``bound`` [d_out] (see ``docs/passes.md``). Empty
-            otherwise.
+            ranges, predictor and certified ``bound`` [d_out] (see
+            ``docs/passes/fold_ffn.md``). Empty otherwise.
         inputs: For a rewritten site the calibrated distribution of what its map reads, per
             component (``nbl_compiler.monitoring.statistics``). Empty in plans of older releases.
         details: Plain numbers, strings and lists: ``input``, ``ridge``, ``rank``, ``tokens``,

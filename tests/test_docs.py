@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.saved_model import save_tiny_llama
+from helpers.tiny import text, texts, tiny
 from models.architectures import inputs, make
 
 import nbl_compiler as nbl
+from nbl_compiler.passes.pipeline import build_pipeline
 from nbl_compiler.text import python_docs_parts
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +60,28 @@ def test_the_readme_s_ten_lines(
     assert ran["logits"].isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def pass_names() -> dict[str, Any]:
+    """What the pages of the passes start from: two sites rewritten, and what each pass said."""
+    model, ids = tiny(layers=4), text(length=32)
+    config = nbl.Config(attention=nbl.Attention(layers=[1]), ffn=nbl.FFN(layers=[2], keep=0.25))
+    plan = nbl.calibrate(model, texts(), config, progress=False)
+    return execute(blocks("docs/passes/README.md"), model=model, plan=plan, ids=ids, torch=torch)
+
+
+PAGES = sorted(path.name for path in (ROOT / "docs/passes").glob("*.md") if path.stem != "README")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_of_a_pass(page: str, pass_names: dict[str, Any]) -> None:
+    execute(blocks(f"docs/passes/{page}"), **pass_names)
+
+
+def test_every_pass_has_its_page() -> None:
+    names = {step.name for step in build_pipeline(nbl.Plan(), "inductor")}
+    assert {f"{name}.md" for name in names} | {"watch_inputs.md"} == set(PAGES)
+
+
 def test_the_own_pass_of_the_page() -> None:
     options = execute(blocks("docs/own-pass.md"))["options"]
     reports: list[Any] = []
@@ -73,7 +97,7 @@ def test_the_own_pass_of_the_page() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)

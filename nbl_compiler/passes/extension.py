@@ -31,7 +31,7 @@ def check_passes(passes: object) -> tuple[Pass, ...]:
         if not isinstance(step, Pass) or not callable(step) or isinstance(step, type):
             raise ConfigError(
                 f"passes holds {step!r}; a pass is an object with a `name` that is called with a "
-                "GraphModule and returns a PassReport (docs/passes.md)"
+                "GraphModule and returns a PassReport (docs/own-pass.md)"
             )
         if not isinstance(step.name, str) or not re.fullmatch(r"\w+", step.name):
             raise ConfigError(f"the pass name {step.name!r} must be a word: it names files")

@@ -10,7 +10,7 @@ to the output projection's result y::
 Projections may be fused (one linear for q, k and v), low-rank (MLA: two linears with a norm in
 between), ``Conv1D``s, or carry adapters; masks, positions and cache tensors enter from the side.
 The region is found from data flow alone; module paths only give it its name. Anything else is
-rejected with a reason (see ``docs/passes.md``).
+rejected with a reason (see ``docs/passes/match_attention.md``).
 """
 
 from __future__ import annotations
