@@ -7,10 +7,12 @@ model's predictions least::
 
     disturbance = mean over positions of  Σ_v p(v) (log p(v) − log q(v)),   p dense, q with maps
 
-The mean is taken on text as it is, and on text that repeats itself. Some layers look for what
-followed an earlier occurrence of a token (induction heads, arXiv 2209.11895); no map of one token
-can do that. Ordinary text of a few hundred tokens hardly needs it, long contexts and texts with
-recurring names do, and repeated text is nothing else. Both means count alike.
+The mean is taken on three kinds of text, and the worst of them counts. Text as it is; text that
+repeats itself; and recoded text, in which each row's most frequent tokens are others. Some layers
+look for what followed an earlier occurrence of a token (induction heads, arXiv 2209.11895), or pick
+up the conventions of a text (spaces in front of commas, say) from what came before; no map of one
+token can do either. Ordinary text of a few hundred tokens hardly needs them, long contexts and
+texts of another kind than the calibration's do.
 
 One traced graph serves all trials: at every site a switch passes the dense output on, or the map's.
 """
@@ -40,8 +42,10 @@ from nbl_compiler.select import Candidate, wanted_count
 # Fewer tokens make the order a matter of luck.
 TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
-# Rows of fewer tokens say nothing when they repeat themselves.
-MIN_REPEATED = 16
+# Rows of fewer tokens say nothing when they are repeated or recoded.
+MIN_EDITED = 16
+# How many tokens of a row's vocabulary are replaced: commas, full stops, articles.
+RECODED_TOKENS = 8
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
 
@@ -121,21 +125,22 @@ class _Trial:
         self._maps, self._residual = dict(maps), residual
         self._active: frozenset[str] = frozenset()
         natural = _few_rows(model, batches)
-        repeated = [r for part in natural if (r := _repeated(part)) is not None]
-        self._parts = (natural, repeated) if repeated else (natural,)
+        plain = [part for part in natural if _can_be_edited(part)]
+        edited = ([*map(_repeated, plain)], [*map(_recoded, plain)]) if plain else ()
+        self._parts = (natural, *edited)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
         self._dense: dict[int, Tensor] = {}
 
     def __call__(self, active: frozenset[str]) -> float:
-        """Return the mean KL divergence, in nats a token, that the active maps cause."""
+        """Return the mean KL divergence on the worst kind of text, in nats a token."""
         if not self._dense:
             self._active = frozenset()
             self._dense = {
                 id(part): self._log_probabilities(part) for kind in self._parts for part in kind
             }
         self._active = active
-        return sum(map(self._divergence, self._parts)) / len(self._parts)
+        return max(map(self._divergence, self._parts))
 
     def _divergence(self, parts: Sequence[_Part]) -> float:
         total, count = 0.0, 0
@@ -200,31 +205,57 @@ class _Part:
     keep: Callable[[int], Tensor]
 
 
-def _repeated(part: _Part) -> _Part | None:
-    """Return half of the part's rows with their second half a repetition of the first.
-
-    The opening token is not repeated; only what follows the repeated tokens is compared. None for
-    inputs that cannot be cut so: no token ids, padded rows, rows of a few tokens.
-    """
+def _can_be_edited(part: _Part) -> bool:
+    """Tell whether the part holds rows of token ids without padding, of more than a few tokens."""
     ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < MIN_REPEATED:
-        return None
-    if isinstance(mask, Tensor) and not bool(mask.all()):
-        return None
-    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
+    whole = not isinstance(mask, Tensor) or bool(mask.all())
+    return isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] >= MIN_EDITED and whole
+
+
+def _repeated(part: _Part) -> _Part:
+    """Return half of the part's rows, the second half of each a repetition of the first.
+
+    The opening token is not repeated; only what follows the repeated tokens is compared.
+    """
+    ids = part.inputs["input_ids"]
+    length = ids.shape[1]
     half = -(-length // 2)
-    again = torch.cat([ids[:rows, : half + 1], ids[:rows, 1 : length - half]], 1)
+    again = torch.cat([ids[:, : half + 1], ids[:, 1 : length - half]], 1)
+    return _edited(part, again, first=half + 1)
+
+
+def _recoded(part: _Part) -> _Part:
+    """Return half of the part's rows with the most frequent tokens of each replaced by others.
+
+    The opening token stays. The others come from the part, and are the same on every run.
+    """
+    ids = part.inputs["input_ids"].cpu()
+    generator = torch.Generator().manual_seed(0)
+    known = ids[:, 1:].unique()
+    recoded = ids.clone()
+    for row, new in zip(ids[:, 1:], recoded[:, 1:], strict=True):
+        tokens, counts = row.unique(return_counts=True)
+        frequent = tokens[counts.argsort(descending=True, stable=True)[:RECODED_TOKENS]]
+        others = known[torch.randperm(known.numel(), generator=generator)]
+        for old, other in zip(frequent, others, strict=False):
+            new[row == old] = other
+    return _edited(part, recoded.to(part.inputs["input_ids"].device), first=0)
+
+
+def _edited(part: _Part, ids: Tensor, first: int) -> _Part:
+    """Return the first half of the rows with other ids, compared from position ``first`` on."""
+    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
     inputs = {
         name: value[:rows] if isinstance(value, Tensor) and name != "logits_to_keep" else value
         for name, value in part.inputs.items()
     }
-    inputs["input_ids"] = again
+    inputs["input_ids"] = ids[:rows]
     kept = inputs.get("logits_to_keep")
     if isinstance(kept, Tensor):
-        inputs["logits_to_keep"] = kept[kept > half]
+        inputs["logits_to_keep"] = kept[kept >= first]
         return _Part(inputs, lambda count: torch.arange(count, device=ids.device))
     chosen = part.keep(ids.numel())
-    chosen = chosen[(chosen < rows * length) & (chosen % length > half)]
+    chosen = chosen[(chosen < rows * length) & (chosen % length >= first)]
     return _Part(inputs, lambda _: chosen)
 
 
