@@ -23,7 +23,7 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
-from nbl_compiler.loss_ranking import TRIAL_TOKENS, rank_by_loss
+from nbl_compiler.loss_ranking import rank_by_loss
 from nbl_compiler.observe import Observation
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
@@ -31,6 +31,7 @@ from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites
 from nbl_compiler.text_pass import device_of, observe, observe_again
+from nbl_compiler.trial_text import TRIAL_TOKENS
 
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and
 # the ridge still find a usable one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.plan import Plan
-from nbl_compiler.report import render
+from nbl_compiler.report import number, plain, render
 from nbl_compiler.site_rows import SiteRow, Snapshots, site_rows
 from nbl_compiler.site_timing import time_sites
 
@@ -118,14 +117,13 @@ class Report:
         whys = []
         for row in self.rows:
             cells = [
-                row.site, row.state, _number(row.holdout_nmse, 3), _number(row.cca_bound, 1),
+                row.site, row.state, number(row.holdout_nmse), number(row.cca_bound, 1),
                 _pair(row.before.bytes / 1e6, row.after.bytes / 1e6),
                 _pair(row.before.flops / 1e6, row.after.flops / 1e6),
-                _pair(*(1e3 * s for s in predicted(row, self.machine))),
+                _milliseconds(row.predicted(self.machine)),
             ]  # fmt: skip
             if timed:
-                measured = row.measured or (math.nan, math.nan)
-                cells.append(_pair(*(1e3 * s for s in measured)))
+                cells.append(_milliseconds(row.measured))
             where = ", ".join(filter(None, (f"node {row.node}", place(row.source))))
             why = f"{row.reason} ({where})" if row.reason else row.matched
             whys.append(f"{row.site}: {why}")
@@ -165,13 +163,6 @@ def explain(
     return Report(
         tuple(tracer.graphs), tuple(tracer.rows), _rates() if on_cpu else None, plan, tracer.calls
     )
-
-
-def predicted(row: SiteRow, machine: Machine | None) -> tuple[float, float]:
-    """Return a site's roofline seconds before and after; nan without rates or a region."""
-    if machine is None or not row.before.nodes:
-        return math.nan, math.nan
-    return row.before.seconds(machine), row.after.seconds(machine)
 
 
 class _Tracer:
@@ -221,32 +212,25 @@ def _rates() -> Machine:
 
 
 def _row_json(row: SiteRow, machine: Machine | None) -> dict[str, Any]:
-    milliseconds = [1e3 * s for s in predicted(row, machine)]
+    seconds = {"predicted_ms": row.predicted(machine), "measured_ms": row.measured}
     return {
         "graph": row.graph, "site": row.site, "kind": row.kind, "state": row.state,
         "matched": row.matched, "reason": row.reason, "node": row.node, "source": row.source,
-        "nmse": _plain(row.nmse), "holdout_nmse": _plain(row.holdout_nmse),
-        "cca_bound": _plain(row.cca_bound),
+        "nmse": plain(row.nmse), "holdout_nmse": plain(row.holdout_nmse),
+        "cca_bound": plain(row.cca_bound),
         "bytes": [row.before.bytes, row.after.bytes], "flops": [row.before.flops, row.after.flops],
-        "predicted_ms": [_plain(value) for value in milliseconds],
-        "measured_ms": None if row.measured is None else [1e3 * s for s in row.measured],
+        **{name: pair and [1e3 * s for s in pair] for name, pair in seconds.items()},
     }  # fmt: skip
-
-
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _pair(before: float, after: float) -> str:
     """Return ``before → after`` with three significant digits, or one number if they agree."""
-    if math.isnan(before):
-        return "-"
     texts = [f"{value:.3g}" for value in (before, after)]
     return texts[0] if before == after else " → ".join(texts)
+
+
+def _milliseconds(seconds: tuple[float, float] | None) -> str:
+    return "-" if seconds is None else _pair(*(1e3 * s for s in seconds))
 
 
 def _nothing(report: Report) -> str:

@@ -16,8 +16,26 @@ FIELDS = 4
 """Tokens, flagged neurons, most flagged neurons of a token, tokens on the dense path."""
 
 
+class PerToken:
+    """What follows from counts of tokens: ``tokens``, ``outliers``, ``dense_tokens``."""
+
+    tokens: int
+    outliers: int
+    dense_tokens: int
+
+    @property
+    def outliers_per_token(self) -> float:
+        """Mean number of flagged neurons per token; 0 without tokens."""
+        return self.outliers / self.tokens if self.tokens else 0.0
+
+    @property
+    def dense_share(self) -> float:
+        """Share of tokens on the dense path; 0 without tokens."""
+        return self.dense_tokens / self.tokens if self.tokens else 0.0
+
+
 @dataclass(frozen=True)
-class GuardCounts:
+class GuardCounts(PerToken):
     """What a guarded FFN did since its counters were made or reset.
 
     Args:
@@ -31,16 +49,6 @@ class GuardCounts:
     outliers: int
     most_outliers: int
     dense_tokens: int
-
-    @property
-    def outliers_per_token(self) -> float:
-        """Mean number of flagged neurons per token; 0 without tokens."""
-        return self.outliers / self.tokens if self.tokens else 0.0
-
-    @property
-    def dense_share(self) -> float:
-        """Share of tokens on the dense path; 0 without tokens."""
-        return self.dense_tokens / self.tokens if self.tokens else 0.0
 
     def __add__(self, other: GuardCounts) -> GuardCounts:
         return GuardCounts(

@@ -19,9 +19,8 @@ One traced graph serves all trials: at every site a switch passes the dense outp
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,15 +36,8 @@ from nbl_compiler.passes.match_attention import match
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.sites import AttentionMatch
 from nbl_compiler.select import Candidate, wanted_count
+from nbl_compiler.trial_text import Part, can_be_edited, few_rows, recoded, repeated
 
-# Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
-# Fewer tokens make the order a matter of luck.
-TRIAL_TOKENS = 2048
-TRIAL_POSITIONS = 512
-# Rows of fewer tokens say nothing when they are repeated or recoded.
-MIN_EDITED = 16
-# How many tokens of a row's vocabulary are replaced: commas, full stops, articles.
-RECODED_TOKENS = 8
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
 
@@ -124,9 +116,9 @@ class _Trial:
     ) -> None:
         self._maps, self._residual = dict(maps), residual
         self._active: frozenset[str] = frozenset()
-        natural = _few_rows(model, batches)
-        plain = [part for part in natural if _can_be_edited(part)]
-        edited = ([*map(_repeated, plain)], [*map(_recoded, plain)]) if plain else ()
+        natural = few_rows(model, batches)
+        plain = [part for part in natural if can_be_edited(part)]
+        edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
         self._parts = (natural, *edited)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
@@ -142,7 +134,7 @@ class _Trial:
         self._active = active
         return max(map(self._divergence, self._parts))
 
-    def _divergence(self, parts: Sequence[_Part]) -> float:
+    def _divergence(self, parts: Sequence[Part]) -> float:
         total, count = 0.0, 0
         for part in parts:
             dense, other = self._dense[id(part)], self._log_probabilities(part)
@@ -156,7 +148,7 @@ class _Trial:
         self._maps.clear()
         self._dense = {}
 
-    def _log_probabilities(self, part: _Part) -> Tensor:
+    def _log_probabilities(self, part: Part) -> Tensor:
         logits = getattr(self._forward(**part.inputs), "logits", None)
         if logits is None:
             raise ConfigError(
@@ -190,111 +182,3 @@ class _Trial:
             node = graph_module.graph.call_function(switch, (source, found.output))
         for user in users:
             user.replace_input_with(found.output, node)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some rows of one batch.
-
-    Args:
-        inputs: The model's inputs.
-        keep: Number of flat positions of the logits → indices (or mask) of those to compare.
-    """
-
-    inputs: dict[str, Any]
-    keep: Callable[[int], Tensor]
-
-
-def _can_be_edited(part: _Part) -> bool:
-    """Tell whether the part holds rows of token ids without padding, of more than a few tokens."""
-    ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")
-    whole = not isinstance(mask, Tensor) or bool(mask.all())
-    return isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] >= MIN_EDITED and whole
-
-
-def _repeated(part: _Part) -> _Part:
-    """Return half of the part's rows, the second half of each a repetition of the first.
-
-    The opening token is not repeated; only what follows the repeated tokens is compared.
-    """
-    ids = part.inputs["input_ids"]
-    length = ids.shape[1]
-    half = -(-length // 2)
-    again = torch.cat([ids[:, : half + 1], ids[:, 1 : length - half]], 1)
-    return _edited(part, again, first=half + 1)
-
-
-def _recoded(part: _Part) -> _Part:
-    """Return half of the part's rows with the most frequent tokens of each replaced by others.
-
-    The opening token stays. The others come from the part, and are the same on every run.
-    """
-    ids = part.inputs["input_ids"].cpu()
-    generator = torch.Generator().manual_seed(0)
-    known = ids[:, 1:].unique()
-    recoded = ids.clone()
-    for row, new in zip(ids[:, 1:], recoded[:, 1:], strict=True):
-        tokens, counts = row.unique(return_counts=True)
-        frequent = tokens[counts.argsort(descending=True, stable=True)[:RECODED_TOKENS]]
-        others = known[torch.randperm(known.numel(), generator=generator)]
-        for old, other in zip(frequent, others, strict=False):
-            new[row == old] = other
-    return _edited(part, recoded.to(part.inputs["input_ids"].device), first=0)
-
-
-def _edited(part: _Part, ids: Tensor, first: int) -> _Part:
-    """Return the first half of the rows with other ids, compared from position ``first`` on."""
-    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
-    inputs = {
-        name: value[:rows] if isinstance(value, Tensor) and name != "logits_to_keep" else value
-        for name, value in part.inputs.items()
-    }
-    inputs["input_ids"] = ids[:rows]
-    kept = inputs.get("logits_to_keep")
-    if isinstance(kept, Tensor):
-        inputs["logits_to_keep"] = kept[kept >= first]
-        return _Part(inputs, lambda count: torch.arange(count, device=ids.device))
-    chosen = part.keep(ids.numel())
-    chosen = chosen[(chosen < rows * length) & (chosen % length >= first)]
-    return _Part(inputs, lambda _: chosen)
-
-
-def _few_rows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[_Part]:
-    """Return inputs of about ``TRIAL_TOKENS`` tokens, and which positions to compare."""
-    left = TRIAL_TOKENS
-    parts: list[_Part] = []
-    sizes = [_main(batch).shape for batch in batches]
-    total = min(sum(shape.numel() for shape in sizes), TRIAL_TOKENS)
-    for batch, shape in zip(batches, sizes, strict=True):
-        rows = min(max(left // max(shape[-1], 1), 0 if parts else 1), shape[0])
-        if rows:
-            share = rows * shape[-1] / max(total, 1)
-            parts.append(_part(model, batch, rows, max(int(TRIAL_POSITIONS * share), 1)))
-            left -= rows * shape[-1]
-    return parts
-
-
-def _main(batch: Mapping[str, Any]) -> Tensor:
-    return next(v for v in batch.values() if isinstance(v, Tensor))
-
-
-def _part(model: nn.Module, batch: Mapping[str, Any], rows: int, positions: int) -> _Part:
-    main = _main(batch)
-    inputs = {
-        k: v[:rows] if isinstance(v, Tensor) and v.shape[:1] == main.shape[:1] else v
-        for k, v in batch.items()
-    }
-    inputs["use_cache"] = False
-    length, device = main.shape[-1], main.device
-    mask = inputs.get("attention_mask")
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept = torch.arange(0, length, max(rows * length // positions, 1), device=device)
-        inputs["logits_to_keep"] = kept
-        real = None if mask is None else mask[:, kept].flatten().bool()
-        return _Part(
-            inputs, lambda count: torch.arange(count, device=device) if real is None else real
-        )
-    every = max(rows * length // positions, 1)
-    if mask is None:
-        return _Part(inputs, lambda count: torch.arange(0, count, every, device=device))
-    return _Part(inputs, lambda count: mask.flatten().nonzero().view(-1)[::every])

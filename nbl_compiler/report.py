@@ -36,8 +36,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("reason")
     for site in plan.sites:
         table.add_row(
-            site.name, site.decision, _number(site.nmse), _number(site.holdout_nmse),
-            _number(site.cca_bound, 1), _parameters(site), site.reason,
+            site.name, site.decision, number(site.nmse), number(site.holdout_nmse),
+            number(site.cca_bound, 1), _parameters(site), site.reason,
         )  # fmt: skip
     return table
 
@@ -54,7 +54,8 @@ def _read(site: Site) -> int:
     return int(site.details.get("parameters_read") or own)
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
+    """Return the value as text, or a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -65,3 +66,8 @@ def _parameters(site: Site) -> str:
     if site.decision != "rewritten":
         return f"{before:,}"
     return f"{before:,} → {_read(site):,}"
+
+
+def plain(value: float) -> float | None:
+    """Return the value for JSON and templates, which have no NaN."""
+    return None if math.isnan(value) else value

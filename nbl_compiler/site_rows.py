@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.cost import Machine, Work, graph_cost
+from nbl_compiler.cost import Cost, Machine, graph_cost
 from nbl_compiler.passes.base import source_line
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches
 from nbl_compiler.passes.graph_tools import example_value, shape_of
@@ -44,25 +44,10 @@ class NodeView:
 
 
 @dataclass(frozen=True)
-class Side:
-    """A site before or after the passes: its nodes, and the work they do."""
+class Side(Cost):
+    """A site before or after the passes: the work of its nodes, and the nodes."""
 
     nodes: tuple[NodeView, ...] = ()
-    work: tuple[Work, ...] = ()
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations."""
-        return sum(w.flops for w in self.work)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes read and written."""
-        return sum(w.bytes for w in self.work)
-
-    def seconds(self, machine: Machine) -> float:
-        """Roofline time on a machine."""
-        return sum(map(machine.seconds, self.work))
 
 
 @dataclass(frozen=True)
@@ -101,6 +86,12 @@ class SiteRow:
     after: Side = field(default_factory=Side)
     measured: tuple[float, float] | None = None
 
+    def predicted(self, machine: Machine | None) -> tuple[float, float] | None:
+        """Return roofline seconds before and after; None without rates or a region."""
+        if machine is None or not self.before.nodes:
+            return None
+        return self.before.seconds(machine), self.after.seconds(machine)
+
 
 class Snapshots:
     """Takes the matched regions down while the passes run: they are gone afterwards.
@@ -128,7 +119,7 @@ class Snapshots:
         for match in found:
             nodes = (*match.interior, match.output)
             work = tuple(self._work[n.name] for n in nodes if n.name in self._work)
-            side = Side(tuple(map(view, nodes)), work)
+            side = Side(work, tuple(map(view, nodes)))
             self.regions.append((kind, match, side, source_line(match.anchor)))
 
 
@@ -203,7 +194,7 @@ def _rewritten_sides(graph_module: GraphModule) -> dict[str, Side]:
         if "site" in origin:
             nodes.setdefault(origin["site"], []).append(node)
     return {
-        site: Side(tuple(map(view, group)), tuple(work[n.name] for n in group if n.name in work))
+        site: Side(tuple(work[n.name] for n in group if n.name in work), tuple(map(view, group)))
         for site, group in nodes.items()
     }
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 
+from nbl_compiler.dumps.values import NodeValues
 from nbl_compiler.lowering.lower import lower
 from nbl_compiler.timing import interleaved
 
@@ -40,7 +40,7 @@ def time_sites(
     for graph_module, values, side in ((before, inputs[0], 0), (after, inputs[1], 1)):
         cut = {site: _cut(graph_module, names[side]) for site, names in regions.items()}
         entering = {node.name for piece, nodes in cut.values() for node in nodes}
-        seen = _record(graph_module, values, entering)
+        seen = NodeValues.on(graph_module, values, entering).noted
         pieces.append({
             site: _ready(piece, [seen[node.name] for node in nodes], lowering)
             for site, (piece, nodes) in cut.items()
@@ -70,35 +70,6 @@ def _cut(graph_module: GraphModule, names: Iterable[str]) -> tuple[GraphModule, 
     leaving = [n for n in nodes if any(user.name not in inside for user in n.users)] or nodes[-1:]
     graph.output(tuple(copies[node] for node in leaving))
     return GraphModule(graph_module, graph), entering
-
-
-class _Recorder(Interpreter):
-    """Runs a graph and keeps copies of some nodes' values."""
-
-    def __init__(self, graph_module: GraphModule, wanted: set[str]) -> None:
-        super().__init__(graph_module)
-        self._wanted = wanted
-        self.seen: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._wanted:
-            self.seen[n.name] = _own(value)  # later nodes may write into it
-        return value
-
-
-def _record(graph_module: GraphModule, values: Sequence[Any], wanted: set[str]) -> dict[str, Any]:
-    """Run the graph on copies of its inputs: a KV cache must not be written more than once."""
-    recorder = _Recorder(graph_module, wanted)
-    with torch.no_grad():
-        recorder.run(*map(_own, values))
-    return recorder.seen
-
-
-def _own(value: Any) -> Any:
-    """Return a copy of a tensor that may be written; weights are only read, and large."""
-    written = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
-    return value.clone() if written else value
 
 
 def _ready(piece: GraphModule, values: list[Any], lowering: str) -> Callable[[], Any]:

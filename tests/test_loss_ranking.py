@@ -13,13 +13,15 @@ from models.architectures import inputs, make
 import nbl_compiler as nbl
 from nbl_compiler import calibration
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.loss_ranking import (
+from nbl_compiler.loss_ranking import greedy_order
+from nbl_compiler.trial_text import (
     RECODED_TOKENS,
     TRIAL_TOKENS,
-    _can_be_edited,
-    _Part,
-    _recoded,
-    greedy_order,
+    Part,
+    can_be_edited,
+)
+from nbl_compiler.trial_text import (
+    recoded as recode_rows,
 )
 
 # float32 forward passes of a tiny model, compared through a softmax
@@ -36,12 +38,12 @@ def test_additive_disturbances_are_ordered_by_size(costs, depth):
 def test_recoding_replaces_the_most_frequent_tokens_consistently():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 40, (4, 64), generator=generator)
-    part = _Part({"input_ids": ids, "use_cache": False}, lambda count: torch.arange(count))
-    edited = _recoded(part)
+    part = Part({"input_ids": ids, "use_cache": False}, lambda count: torch.arange(count))
+    edited = recode_rows(part)
     recoded = edited.inputs["input_ids"]
     assert recoded.shape == (2, 64)
     assert torch.equal(recoded[:, 0], ids[:2, 0])
-    assert torch.equal(recoded, _recoded(part).inputs["input_ids"])
+    assert torch.equal(recoded, recode_rows(part).inputs["input_ids"])
     for old, new in zip(ids[:2, 1:].tolist(), recoded[:, 1:].tolist(), strict=True):
         code = dict(zip(old, new, strict=True))
         assert [code[token] for token in old] == new  # the same token is always replaced alike
@@ -56,12 +58,12 @@ def test_recoding_replaces_the_most_frequent_tokens_consistently():
 def test_padded_rows_are_not_edited():
     ids = torch.arange(32).view(1, 32)
     mask = torch.ones_like(ids)
-    part = _Part({"input_ids": ids, "attention_mask": mask}, lambda count: torch.arange(count))
-    assert _can_be_edited(part)
+    part = Part({"input_ids": ids, "attention_mask": mask}, lambda count: torch.arange(count))
+    assert can_be_edited(part)
     mask[0, 0] = 0
-    assert not _can_be_edited(part)
-    short = _Part({"input_ids": ids[:, :8]}, lambda count: torch.arange(count))
-    assert not _can_be_edited(short)
+    assert not can_be_edited(part)
+    short = Part({"input_ids": ids[:, :8]}, lambda count: torch.arange(count))
+    assert not can_be_edited(short)
 
 
 def test_greedy_avoids_a_pair_that_is_bad_together():
@@ -90,8 +92,8 @@ def test_the_loss_of_a_site_is_the_divergence_its_map_causes():
     # Half of the rows; 32 tokens, then all of them but the opening one again, up to the length.
     again = torch.cat([last[:2, :33], last[:2, 1:32]], 1)
     repeated = divergence(again)[:, 33:].mean().item()
-    part = _Part({"input_ids": last}, lambda count: torch.arange(count))
-    recoded = divergence(_recoded(part).inputs["input_ids"]).mean().item()
+    part = Part({"input_ids": last}, lambda count: torch.arange(count))
+    recoded = divergence(recode_rows(part).inputs["input_ids"]).mean().item()
     expected = max(natural, repeated, recoded)
     assert site.details["loss"] == pytest.approx(expected, abs=KL_ROUNDING)
     assert site.details["loss"] == min(s.details["loss"] for s in plan.sites)

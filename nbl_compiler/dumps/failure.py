@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
@@ -18,8 +18,13 @@ from nbl_compiler.lowering.lower import lower
 
 # What a graph that was cut down, or its lowering, may raise; a TorchDynamoException is the second.
 NOT_RUNNABLE = (
-    *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
-    *(ArithmeticError, NotImplementedError),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -77,8 +82,12 @@ class Check:
 
 
 def copied(values: Sequence[Any]) -> list[Any]:
-    """Return the values with tensors of their own memory: graphs write into their inputs."""
-    return [_copy(v) if isinstance(v, Tensor) else v for v in values]
+    """Return the values with tensors of their own memory: graphs write into their inputs.
+
+    Not into parameters, which are large and stay as they are.
+    """
+    written = (isinstance(v, Tensor) and not isinstance(v, nn.Parameter) for v in values)
+    return [_copy(v) if may else v for v, may in zip(values, written, strict=True)]
 
 
 def _copy(tensor: Tensor) -> Tensor:

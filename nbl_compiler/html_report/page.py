@@ -15,6 +15,7 @@ from nbl_compiler.errors import ConfigError
 from nbl_compiler.html_report.curve import draw_curve, points
 from nbl_compiler.html_report.drawing import draw
 from nbl_compiler.plan_file import write_atomically
+from nbl_compiler.report import plain
 from nbl_compiler.site_rows import SiteRow
 
 if TYPE_CHECKING:
@@ -62,9 +63,6 @@ def page(report: Report) -> str:
 
 
 def _site(number: int, row: SiteRow, machine: Machine | None) -> dict[str, Any]:
-    seconds = None
-    if machine is not None and row.before.nodes:
-        seconds = (row.before.seconds(machine), row.after.seconds(machine))
     changed = row.state == "rewritten"
     return {
         "id": f"site-{number}",
@@ -76,21 +74,17 @@ def _site(number: int, row: SiteRow, machine: Machine | None) -> dict[str, Any]:
         "reason": row.reason,
         "node": row.node,
         "source": row.source,
-        "train_nmse": _known(row.nmse),
-        "nmse": _known(row.holdout_nmse),
-        "cca": _known(row.cca_bound),
+        "train_nmse": plain(row.nmse),
+        "nmse": plain(row.holdout_nmse),
+        "cca": plain(row.cca_bound),
         "bytes": (row.before.bytes, row.after.bytes),
         "flops": (row.before.flops, row.after.flops),
-        "predicted": seconds,
+        "predicted": row.predicted(machine),
         "measured": row.measured,
         "before": Markup(draw(row.before.nodes)) if row.before.nodes else "",
         "after": Markup(draw(row.after.nodes)) if changed else "",
         "diff": _diff(row) if changed else [],
     }
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _diff(row: SiteRow) -> list[tuple[str, str]]:

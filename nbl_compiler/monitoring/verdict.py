@@ -7,7 +7,7 @@ from math import inf, isfinite, nan, sqrt
 from typing import Literal
 
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.guard_counters import GuardCounts
+from nbl_compiler.guard_counters import GuardCounts, PerToken
 from nbl_compiler.plan import Kind, Site
 from nbl_compiler.rows import HOLDOUT_BLOCK
 
@@ -59,7 +59,7 @@ class MonitorLimits:
 
 
 @dataclass(frozen=True)
-class SiteTraffic:
+class SiteTraffic(PerToken):
     """What one site has read while it was monitored.
 
     Args:
@@ -86,16 +86,6 @@ class SiteTraffic:
     dense_tokens: int
     state: State
     reason: str
-
-    @property
-    def outliers_per_token(self) -> float:
-        """Mean number of flagged neurons per token; 0 without tokens."""
-        return self.outliers / self.tokens if self.tokens else 0.0
-
-    @property
-    def dense_share(self) -> float:
-        """Share of tokens on the dense path; 0 without tokens."""
-        return self.dense_tokens / self.tokens if self.tokens else 0.0
 
 
 @dataclass(frozen=True)

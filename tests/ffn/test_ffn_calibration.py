@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers.ffn_calibrating import (
+    FORMS,
     assert_same_plan,
     dense_inputs,
     grid_model,
@@ -51,14 +52,6 @@ MODEL_TOLERANCE = 1e-3
 # Float32 rounding of the moments that an error is computed from, relative to the error.
 ERROR_TOLERANCE = 1e-4
 
-FORMS: dict[str, dict[str, Any]] = {
-    "folded": {"keep": 0},
-    "kept": {"keep": 0.25},
-    "predicted": {"keep": 0.25, "guard": "predicted", "capacity": 0.3},
-    "predicted values": {"keep": 0, "guard": "predicted", "values": "predicted"},
-    "exact": {"keep": 0.25, "guard": "exact"},
-    "exact, 8 bits": {"keep": 0, "guard": "exact", "predictor": "quantized_8"},
-}
 OWN = [
     ("folded", True),
     ("kept", False),

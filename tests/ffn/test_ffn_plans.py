@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from helpers.ffn_calibrating import (
+    FORMS,
     assert_same_plan,
 )
 from helpers.own_ffn import (
@@ -31,32 +31,6 @@ from nbl_compiler.errors import (
     PlanMismatchError,
     WeightsReleasedError,
 )
-
-# Float32 rounding of products of other blocks, times the condition of the fit.
-FIT_TOLERANCE = 1e-4
-# The same where activations themselves are computed in other shapes, by a whole tiny model.
-MODEL_TOLERANCE = 1e-3
-# Float32 rounding of the moments that an error is computed from, relative to the error.
-ERROR_TOLERANCE = 1e-4
-
-FORMS: dict[str, dict[str, Any]] = {
-    "folded": {"keep": 0},
-    "kept": {"keep": 0.25},
-    "predicted": {"keep": 0.25, "guard": "predicted", "capacity": 0.3},
-    "predicted values": {"keep": 0, "guard": "predicted", "values": "predicted"},
-    "exact": {"keep": 0.25, "guard": "exact"},
-    "exact, 8 bits": {"keep": 0, "guard": "exact", "predictor": "quantized_8"},
-}
-OWN = [
-    ("folded", True),
-    ("kept", False),
-    ("kept", True),
-    ("predicted", True),
-    ("predicted values", False),
-    ("exact", False),
-    ("exact, 8 bits", False),
-]
-
 
 # Together with attention.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,16 @@ import nbl_compiler as nbl
 from nbl_compiler.rows import RowChooser
 
 GRID = 64.0
+
+FORMS: dict[str, dict[str, Any]] = {
+    "folded": {"keep": 0},
+    "kept": {"keep": 0.25},
+    "predicted": {"keep": 0.25, "guard": "predicted", "capacity": 0.3},
+    "predicted values": {"keep": 0, "guard": "predicted", "values": "predicted"},
+    "exact": {"keep": 0.25, "guard": "exact"},
+    "exact, 8 bits": {"keep": 0, "guard": "exact", "predictor": "quantized_8"},
+}
+"""Options of ``nbl.FFN`` by name: every form that a plan can hold."""
 
 
 def on_a_grid(tensor: Tensor) -> Tensor:

@@ -27,6 +27,17 @@ def tiny(name: str = "llama", seed: int = 0, layers: int = LAYERS) -> nn.Module:
     return model
 
 
+class Wrapped(nn.Module):
+    """A model that is not from transformers, with an input of its own name."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.body(tokens)
+
+
 def text(batch: int = 4, length: int = 48, seed: int = 0) -> Tensor:
     """Return random token ids, [B, T]."""
     generator = torch.Generator().manual_seed(seed)

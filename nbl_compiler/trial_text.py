@@ -1,0 +1,128 @@
+"""The text of trials: rows that no map was fitted on, as they are, repeated, and recoded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
+# Fewer tokens make the order a matter of luck.
+TRIAL_TOKENS = 2048
+TRIAL_POSITIONS = 512
+# Rows of fewer tokens say nothing when they are repeated or recoded.
+MIN_EDITED = 16
+# How many tokens of a row's vocabulary are replaced: commas, full stops, articles.
+RECODED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one batch.
+
+    Args:
+        inputs: The model's inputs.
+        keep: Number of flat positions of the logits → indices (or mask) of those to compare.
+    """
+
+    inputs: dict[str, Any]
+    keep: Callable[[int], Tensor]
+
+
+def can_be_edited(part: Part) -> bool:
+    """Tell whether the part holds rows of token ids without padding, of more than a few tokens."""
+    ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")
+    whole = not isinstance(mask, Tensor) or bool(mask.all())
+    return isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] >= MIN_EDITED and whole
+
+
+def repeated(part: Part) -> Part:
+    """Return half of the part's rows, the second half of each a repetition of the first.
+
+    The opening token is not repeated; only what follows the repeated tokens is compared.
+    """
+    ids = part.inputs["input_ids"]
+    length = ids.shape[1]
+    half = -(-length // 2)
+    again = torch.cat([ids[:, : half + 1], ids[:, 1 : length - half]], 1)
+    return _edited(part, again, first=half + 1)
+
+
+def recoded(part: Part) -> Part:
+    """Return half of the part's rows with the most frequent tokens of each replaced by others.
+
+    The opening token stays. The others come from the part, and are the same on every run.
+    """
+    ids = part.inputs["input_ids"].cpu()
+    generator = torch.Generator().manual_seed(0)
+    known = ids[:, 1:].unique()
+    changed = ids.clone()
+    for row, new in zip(ids[:, 1:], changed[:, 1:], strict=True):
+        tokens, counts = row.unique(return_counts=True)
+        frequent = tokens[counts.argsort(descending=True, stable=True)[:RECODED_TOKENS]]
+        others = known[torch.randperm(known.numel(), generator=generator)]
+        for old, other in zip(frequent, others, strict=False):
+            new[row == old] = other
+    return _edited(part, changed.to(part.inputs["input_ids"].device), first=0)
+
+
+def _edited(part: Part, ids: Tensor, first: int) -> Part:
+    """Return the first half of the rows with other ids, compared from position ``first`` on."""
+    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
+    inputs = {
+        name: value[:rows] if isinstance(value, Tensor) and name != "logits_to_keep" else value
+        for name, value in part.inputs.items()
+    }
+    inputs["input_ids"] = ids[:rows]
+    kept = inputs.get("logits_to_keep")
+    if isinstance(kept, Tensor):
+        inputs["logits_to_keep"] = kept[kept >= first]
+        return Part(inputs, lambda count: torch.arange(count, device=ids.device))
+    chosen = part.keep(ids.numel())
+    chosen = chosen[(chosen < rows * length) & (chosen % length >= first)]
+    return Part(inputs, lambda _: chosen)
+
+
+def few_rows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return inputs of about ``TRIAL_TOKENS`` tokens, and which positions to compare."""
+    left = TRIAL_TOKENS
+    parts: list[Part] = []
+    sizes = [_main(batch).shape for batch in batches]
+    total = min(sum(shape.numel() for shape in sizes), TRIAL_TOKENS)
+    for batch, shape in zip(batches, sizes, strict=True):
+        rows = min(max(left // max(shape[-1], 1), 0 if parts else 1), shape[0])
+        if rows:
+            share = rows * shape[-1] / max(total, 1)
+            parts.append(_part(model, batch, rows, max(int(TRIAL_POSITIONS * share), 1)))
+            left -= rows * shape[-1]
+    return parts
+
+
+def _main(batch: Mapping[str, Any]) -> Tensor:
+    return next(v for v in batch.values() if isinstance(v, Tensor))
+
+
+def _part(model: nn.Module, batch: Mapping[str, Any], rows: int, positions: int) -> Part:
+    main = _main(batch)
+    inputs = {
+        k: v[:rows] if isinstance(v, Tensor) and v.shape[:1] == main.shape[:1] else v
+        for k, v in batch.items()
+    }
+    inputs["use_cache"] = False
+    length, device = main.shape[-1], main.device
+    mask = inputs.get("attention_mask")
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept = torch.arange(0, length, max(rows * length // positions, 1), device=device)
+        inputs["logits_to_keep"] = kept
+        real = None if mask is None else mask[:, kept].flatten().bool()
+        return Part(
+            inputs, lambda count: torch.arange(count, device=device) if real is None else real
+        )
+    every = max(rows * length // positions, 1)
+    if mask is None:
+        return Part(inputs, lambda count: torch.arange(0, count, every, device=device))
+    return Part(inputs, lambda count: mask.flatten().nonzero().view(-1)[::every])
