@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,13 +24,13 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
-from nbl_compiler.loss_ranking import rank_by_loss
+from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released
-from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites
+from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_order
 from nbl_compiler.text_pass import device_of, observe, observe_again
 from nbl_compiler.trial_text import TRIAL_TOKENS
 
@@ -168,7 +169,7 @@ def observe_model(
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
     _check_request(model, config)
     aside: list[dict[str, Any]] = []
-    if config.attention is not None and config.attention.rank_by == "loss":
+    if solve and any(map(_may_need_trials, (config.attention, config.ffn))):
         batches = _all_but_last(model, batches, aside)
     if config.ffn is not None and solve:
         batches = _for_several_passes(batches)
@@ -180,8 +181,11 @@ def observe_model(
         site.details["weights"] = [positions[w] for w in site.weights]
     candidates = fit_sites(observation, config, progress=progress) if solve else ()
     if candidates and aside and config.attention is not None:
-        candidates = rank_by_loss(model, candidates, aside, config.attention, progress=progress)
+        candidates = rank_attention(model, candidates, aside, config.attention, progress=progress)
     fits = _fit_ffns(model, batches, config, observation, positions, progress) if solve else ()
+    if fits and aside and config.ffn is not None and observation.ffn is not None:
+        sites = observation.ffn.sites
+        fits = rank_ffns(model, sites, fits, aside, config.ffn, progress=progress)
     return Calibrated(
         observation, candidates, fits, config, sketches, _describe(model), device_of(model)
     )
@@ -236,6 +240,11 @@ def _check_request(model: nn.Module, config: Config) -> None:
 def _dropouts(model: nn.Module) -> list[nn.Module]:
     kind = nn.modules.dropout._DropoutNd
     return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
+
+
+def _may_need_trials(options: Attention | FFN | None) -> bool:
+    """Tell whether trials may have to choose, as far as that is known before sites are counted."""
+    return options is not None and options.rank_by == "loss" and needs_order(options, sys.maxsize)
 
 
 def _all_but_last(

@@ -55,6 +55,7 @@ def calibrate(
     ffn_count: Annotated[int | None, typer.Option(help="Fold the best COUNT FFNs.")] = None,
     ffn_layers: Annotated[str | None, typer.Option(help="Fold these, such as 3,5,8.")] = None,
     ffn_max_nmse: Annotated[float | None, typer.Option(help="Leave FFNs with more error.")] = None,
+    ffn_rank_by: Annotated[str, typer.Option(help="loss or nmse.")] = "loss",
     keep: Annotated[float, typer.Option(help="Share of the neurons that stay dense.")] = 0.25,
     guard: Annotated[str, typer.Option(help="off, predicted or exact.")] = "off",
     capacity: Annotated[float | None, typer.Option(help="Most outliers, a share.")] = None,
@@ -78,7 +79,8 @@ def calibrate(
 
     linearize = Attention(count, _layers(layers), max_nmse, rank_by, input)  # type: ignore[arg-type]
     fold = FFN(
-        ffn_count, _layers(ffn_layers), ffn_max_nmse, keep, guard, capacity, coverage, predictor,  # type: ignore[arg-type]
+        ffn_count, _layers(ffn_layers), ffn_max_nmse, ffn_rank_by, keep, guard, capacity,  # type: ignore[arg-type]
+        coverage, predictor,  # type: ignore[arg-type]
         values=values,  # type: ignore[arg-type]
     )  # fmt: skip
     asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None

@@ -58,9 +58,8 @@ class Attention:
         layers: Replace exactly these sites: indices in model order, or site names.
         max_nmse: Never replace a site whose held-out NMSE exceeds this.
         rank_by: ``"nmse"`` (held-out normalised mean squared error of the map), ``"loss"`` (what
-            the maps do to the model's predictions, tried together on a batch that is set aside;
-            better, slower, for causal language models) or ``"cca"``
-            (the bound of NBL, arXiv 2505.21077, theorem 3.2).
+            the maps do to the model's output, tried together on text that is set aside; better,
+            slower) or ``"cca"`` (the bound of NBL, arXiv 2505.21077, theorem 3.2).
         input: The map's input: ``"normed"``, what the projections read, or ``"residual"``, the
             residual stream before the norm (as in the paper's released code).
         taps: Number of value taps. Only 0 is supported.
@@ -100,11 +99,14 @@ class FFN:
     the original weights.
 
     Args:
-        count: Fold the ``count`` sites of least held-out NMSE. With neither ``count`` nor
+        count: Fold the ``count`` best sites by the ranking. With neither ``count`` nor
             ``layers``, every site within ``max_nmse`` is folded, or, without ``max_nmse`` either,
             the best quarter of the sites (rounded up).
         layers: Fold exactly these sites: indices in model order, or site names.
         max_nmse: Never fold a site whose held-out NMSE exceeds this.
+        rank_by: ``"loss"`` (what folding does to the model's output, tried on text that is set
+            aside) or ``"nmse"`` (held-out error of the site alone; no trials, but the first
+            layers, which often fit best, are the ones that a model can least do without).
         keep: Share of the neurons that stay dense, in [0, 1].
         guard: ``"off"``; ``"predicted"``: a predictor picks ``capacity`` outliers a token; or
             ``"exact"`` (plain FFNs): every neuron outside its calibrated range is an outlier, and
@@ -131,6 +133,7 @@ class FFN:
     count: int | None = None
     layers: tuple[int | str, ...] | None = None
     max_nmse: float | None = None
+    rank_by: Literal["loss", "nmse"] = "loss"
     keep: float = 0.25
     guard: Guard = "off"
     capacity: float | None = None
@@ -142,6 +145,8 @@ class FFN:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("FFN", self.layers))
         _check_selection("FFN", self.count, self.layers, self.max_nmse)
+        if self.rank_by not in ("loss", "nmse"):
+            raise ConfigError(f"FFN: rank_by={self.rank_by!r} must be 'loss' or 'nmse'")
         if not (_is_number(self.keep) and 0 <= self.keep <= 1):
             raise ConfigError(f"FFN: keep={self.keep!r} must lie in [0, 1]")
         if self.guard not in GUARDS:

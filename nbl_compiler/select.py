@@ -56,7 +56,9 @@ def decide(
     """
     holdout = {c.name: c.fit.holdout_nmse for c in candidates}
     check_selection(list(holdout), attention)
-    chosen = choose(holdout, _ranking(candidates, attention), attention, attention.rank_by)
+    scores = {c.name: c.cca_bound for c in candidates} if attention.rank_by == "cca" else holdout
+    order, rank_by = _ordered(scores, {c.name: c.loss_rank for c in candidates}, attention)
+    chosen = choose(holdout, order, attention, rank_by)
     sites = [_site(c, *chosen[c.name]) for c in candidates]
     sites += [
         Site(name, "attention", "rejected", why.reason)
@@ -81,7 +83,9 @@ def decide_ffn(
     if options.count is not None:
         options = replace(options, count=min(options.count, len(able)))
     pool = able if options.layers is None else every
-    chosen = choose(pool, best_first(able), options, "nmse")
+    ranks = {fit.name: fit.loss_rank for fit in fits if not fit.refusal}
+    order, rank_by = _ordered(able, ranks, options)
+    chosen = choose(pool, order, options, rank_by)
     sites = []
     for fit in fits:
         done, reason = chosen.get(fit.name, (False, ""))
@@ -176,18 +180,29 @@ def _kind(options: Attention | FFN) -> str:
     return "FFN" if isinstance(options, FFN) else "attention"
 
 
-def _ranking(candidates: Sequence[Candidate], options: Attention) -> list[str]:
-    """Return the site names, best first."""
-    if options.rank_by == "loss":
-        if any(c.loss_rank is None for c in candidates):
-            raise ConfigError('rank_by="loss" was not measured; calibrate with it')
-        return [c.name for c in sorted(candidates, key=lambda c: c.loss_rank or 0)]
-    return best_first(
-        {
-            c.name: c.fit.holdout_nmse if options.rank_by == "nmse" else c.cca_bound
-            for c in candidates
-        }
-    )
+def needs_order(options: Attention | FFN, sites: int) -> bool:
+    """Tell whether the options leave a choice to the ranking, rather than name or take all."""
+    if options.layers is not None:
+        return False
+    return 0 < wanted_count(sites, options) < sites
+
+
+def _ordered(
+    scores: Mapping[str, float], ranks: Mapping[str, int | None], options: Attention | FFN
+) -> tuple[list[str], str]:
+    """Return the site names, best first, and what they were ranked by.
+
+    Raises:
+        ConfigError: if the choice depends on trials that were not made.
+    """
+    if options.rank_by != "loss":
+        return best_first(scores), options.rank_by
+    known = {name: rank for name, rank in ranks.items() if rank is not None}
+    if len(known) == len(ranks):
+        return sorted(known, key=lambda name: known[name]), "loss"
+    if needs_order(options, len(scores)):
+        raise ConfigError('rank_by="loss" was not measured; calibrate with it')
+    return best_first(scores), "nmse"
 
 
 def best_first(score: Mapping[str, float]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nbl_compiler.batches import cheap_arguments
 
 # Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
 # Fewer tokens make the order a matter of luck.
@@ -91,14 +92,14 @@ def few_rows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Par
     """Return inputs of about ``TRIAL_TOKENS`` tokens, and which positions to compare."""
     left = TRIAL_TOKENS
     parts: list[Part] = []
-    sizes = [_main(batch).shape for batch in batches]
+    sizes = [_main(batch).shape[:2] for batch in batches]
     total = min(sum(shape.numel() for shape in sizes), TRIAL_TOKENS)
     for batch, shape in zip(batches, sizes, strict=True):
-        rows = min(max(left // max(shape[-1], 1), 0 if parts else 1), shape[0])
+        rows = min(max(left // max(shape[1], 1), 0 if parts else 1), shape[0])
         if rows:
-            share = rows * shape[-1] / max(total, 1)
+            share = rows * shape[1] / max(total, 1)
             parts.append(_part(model, batch, rows, max(int(TRIAL_POSITIONS * share), 1)))
-            left -= rows * shape[-1]
+            left -= rows * shape[1]
     return parts
 
 
@@ -112,10 +113,12 @@ def _part(model: nn.Module, batch: Mapping[str, Any], rows: int, positions: int)
         k: v[:rows] if isinstance(v, Tensor) and v.shape[:1] == main.shape[:1] else v
         for k, v in batch.items()
     }
-    inputs["use_cache"] = False
-    length, device = main.shape[-1], main.device
+    cheap = cheap_arguments(model)
+    if "use_cache" in cheap:
+        inputs["use_cache"] = False
+    length, device = main.shape[1], main.device
     mask = inputs.get("attention_mask")
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in cheap:
         kept = torch.arange(0, length, max(rows * length // positions, 1), device=device)
         inputs["logits_to_keep"] = kept
         real = None if mask is None else mask[:, kept].flatten().bool()

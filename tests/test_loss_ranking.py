@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models.architectures import inputs, make
+from torch import nn
 
 import nbl_compiler as nbl
 from nbl_compiler import calibration
@@ -19,6 +21,7 @@ from nbl_compiler.trial_text import (
     TRIAL_TOKENS,
     Part,
     can_be_edited,
+    repeated,
 )
 from nbl_compiler.trial_text import (
     recoded as recode_rows,
@@ -91,10 +94,10 @@ def test_the_loss_of_a_site_is_the_divergence_its_map_causes():
     natural = divergence(last).mean().item()
     # Half of the rows; 32 tokens, then all of them but the opening one again, up to the length.
     again = torch.cat([last[:2, :33], last[:2, 1:32]], 1)
-    repeated = divergence(again)[:, 33:].mean().item()
+    twice = divergence(again)[:, 33:].mean().item()
     part = Part({"input_ids": last}, lambda count: torch.arange(count))
     recoded = divergence(recode_rows(part).inputs["input_ids"]).mean().item()
-    expected = max(natural, repeated, recoded)
+    expected = max(natural, twice, recoded)
     assert site.details["loss"] == pytest.approx(expected, abs=KL_ROUNDING)
     assert site.details["loss"] == min(s.details["loss"] for s in plan.sites)
 
@@ -120,9 +123,50 @@ def test_what_trials_keep_from_the_fit(rows):
     assert kept >= TRIAL_TOKENS or not room
 
 
-def test_a_model_without_logits_is_refused():
+def test_without_logits_the_main_output_is_compared():
     model = make("bert")
-    config = nbl.Config(attention=nbl.Attention(count=1, rank_by="loss"))
+    options = nbl.Attention(count=1, rank_by="loss")
     batches = [inputs("bert", 4, 32, seed=s)["input_ids"] for s in range(2)]
-    with pytest.raises(ConfigError, match='use rank_by="nmse"'):
-        nbl.calibrate(model, batches, config, progress=False)
+    plan = nbl.calibrate(model, batches, nbl.Config(attention=options), progress=False)
+    (site,) = plan.rewritten
+    fast = torch.compile(model, backend="nbl", options={"plan": plan, "lowering": "eager"})
+    last = batches[-1]
+    part = Part({"input_ids": last}, lambda count: torch.arange(count))
+    kinds = [last, repeated(part).inputs["input_ids"], recode_rows(part).inputs["input_ids"]]
+
+    def error(ids: torch.Tensor, first: int) -> float:
+        with torch.no_grad():
+            dense, ours = (m(ids).last_hidden_state[:, first:] for m in (model, fast))
+        spread = (dense - dense.mean((0, 1))).square().sum()
+        return float((dense - ours).square().sum() / spread)
+
+    errors = [error(ids, first) for ids, first in zip(kinds, (0, 17, 0), strict=True)]
+    assert site.details["loss"] == pytest.approx(max(errors), rel=1e-4)
+
+
+class Wordless(nn.Module):
+    """Returns something that holds a tensor where nobody would look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make("bert")
+
+    def forward(self, input_ids: torch.Tensor) -> object:
+        return SimpleNamespace(hidden=self.body(input_ids).last_hidden_state)
+
+
+def test_a_model_that_returns_no_tensor_is_refused():
+    options = nbl.Attention(count=1, rank_by="loss")
+    batches = [inputs("bert", 4, 32, seed=s)["input_ids"] for s in range(2)]
+    with pytest.raises(ConfigError, match='returned no tensor; use rank_by="nmse"'):
+        nbl.calibrate(Wordless().eval(), batches, nbl.Config(attention=options), progress=False)
+
+
+@pytest.mark.parametrize("choice", [{"layers": (0,)}, {"count": 2}, {"max_nmse": 2.0}])
+def test_no_trials_where_nothing_is_left_to_choose(choice):
+    model = make("llama", layers=2)
+    batches = [inputs("llama", 4, 32, seed=s)["input_ids"] for s in range(3)]
+    config = nbl.Config(attention=nbl.Attention(rank_by="loss", **choice))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    assert plan.rewritten
+    assert all("loss" not in site.details for site in plan.sites)

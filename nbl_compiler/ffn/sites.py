@@ -58,6 +58,7 @@ class FFNFit:
         details: Plain facts for the plan.
         refusal: Why this site cannot be folded as asked, or an empty string.
         inputs: The distribution of x over the calibration text (``Site.inputs``).
+        loss_rank: Its place in the order that least disturbs the model, if that was measured.
     """
 
     name: str
@@ -67,6 +68,7 @@ class FFNFit:
     details: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_rank: int | None = None
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,10 @@ every_form = pytest.mark.parametrize("form", FORMS)
             for value in (0, -3, 1.5, "8", None, True)
         ),
         *(
+            ({"rank_by": value}, "rank_by=.* must be 'loss' or 'nmse'")
+            for value in ("cca", "", None)
+        ),
+        *(
             ({"values": value}, "values=.* must be 'original' or 'predicted'")
             for value in ("true", "", None, True)
         ),

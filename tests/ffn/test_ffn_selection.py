@@ -34,7 +34,7 @@ def four_sites() -> Calibrated:
 
 
 def choose(found: Calibrated, **options: Any) -> nbl.Plan:
-    return found.plan(ffn=nbl.FFN(keep=0.25, **options))
+    return found.plan(ffn=nbl.FFN(**{"keep": 0.25, "rank_by": "nmse", **options}))
 
 
 def chosen(plan: nbl.Plan) -> list[int]:
@@ -107,7 +107,7 @@ def test_sites_that_do_not_exist(
 )
 def test_another_form_must_be_calibrated(four_sites: Calibrated, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="was not fitted; calibrate with it"):
-        four_sites.plan(ffn=nbl.FFN(**{"keep": 0.25, **options}))
+        choose(four_sites, **options)
 
 
 def test_only_the_chosen_sites_change_the_model(four_sites: Calibrated) -> None:

@@ -83,7 +83,7 @@ def ffn_config(
     """Return a configuration by the options of its FFN part; all sites, unless told otherwise."""
     selected = {"count", "layers"} & ffn.keys()
     limit = None if selected and max_nmse == 1e9 else max_nmse
-    options = nbl.FFN(max_nmse=limit, **ffn)
+    options = nbl.FFN(max_nmse=limit, **{"rank_by": "nmse", **ffn})
     return nbl.Config(attention=None, ffn=options, holdout=holdout, ridge=ridge)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,141 @@
+"""Running a model with any of its sites replaced, and comparing what it says with the dense model.
+
+    disturbance = mean over positions of  Σ_v p(v) (log p(v) − log q(v)),   p dense, q with maps
+
+For a model that predicts no tokens it is the relative squared error of its main output instead,
+Σ‖q − p‖² / Σ‖p − p̄‖².
+
+One traced graph serves all trials: at every site a switch passes the dense output on, or that of
+the site's stand-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.passes.canonicalize import Canonicalize
+from nbl_compiler.passes.match_attention import match
+from nbl_compiler.passes.match_ffn import match_ffn
+from nbl_compiler.passes.private_copy import private_copy
+from nbl_compiler.trial_text import Part
+
+StandIn = Callable[[Tensor], Tensor]
+"""What would replace a site: its input [..., d] → its output [..., o]."""
+
+
+class Trial:
+    """The dense model, and stand-ins for its sites that can be switched on together.
+
+    Args:
+        model: The dense model.
+        stand_ins: Site name → what would replace it.
+        kinds: Kinds of text, each as parts of batches; the worst kind counts.
+        residual: Whether attention's stand-ins read the residual stream.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stand_ins: Mapping[str, StandIn],
+        kinds: Sequence[Sequence[Part]],
+        *,
+        residual: bool,
+    ) -> None:
+        self._stand_ins, self._residual = dict(stand_ins), residual
+        self._active: frozenset[str] = frozenset()
+        self._kinds = kinds
+        # A function of its own: Dynamo must not keep these graphs with the model's forward.
+        self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
+        self._dense: dict[int, Tensor] = {}
+        self._predicts = True
+
+    def __call__(self, active: frozenset[str]) -> float:
+        """Return the disturbance of these sites' stand-ins together, on the worst kind of text.
+
+        Raises:
+            ConfigError: if the model returns no tensor.
+        """
+        if not self._dense:
+            self._active = frozenset()
+            self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
+        self._active = active
+        return max(map(self._disturbance, self._kinds))
+
+    def _disturbance(self, parts: Sequence[Part]) -> float:
+        error, total = 0.0, 0.0
+        for part in parts:
+            dense, other = self._dense[id(part)], self._said(part)
+            if self._predicts:
+                # Σ p (log p − log q), without further tensors of the vocabulary's size.
+                divergence = F.kl_div(other, dense, reduction="sum", log_target=True)
+                error, total = error + float(divergence), total + dense.shape[0]
+            else:
+                error += float((other - dense).double().square().sum())
+                total += float((dense - dense.mean(0)).double().square().sum())
+        return error / total if total else 0.0
+
+    def release(self) -> None:
+        """Let go of stand-ins and predictions: Dynamo's cache may outlive this object's use."""
+        self._stand_ins.clear()
+        self._dense = {}
+
+    def _said(self, part: Part) -> Tensor:
+        """Return log-probabilities [n, V], or the rows of the main output [n, d]."""
+        returned = self._forward(**part.inputs)
+        logits = getattr(returned, "logits", None)
+        self._predicts = isinstance(logits, Tensor)
+        main = logits if isinstance(logits, Tensor) else _main_output(returned)
+        flat = main.flatten(0, -2)
+        # One output a row (a classifier's) has no positions to choose from.
+        chosen = flat if main.ndim < 3 else flat[part.keep(flat.shape[0])]
+        return F.log_softmax(chosen.float(), -1) if self._predicts else chosen.float()
+
+    def _backend(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        del inputs
+        graph_module = private_copy(graph_module)
+        Canonicalize()(graph_module)
+        # Both are matched before a switch hides one site from the other's matcher.
+        attention, ffn = match(graph_module).found, match_ffn(graph_module).found
+        for one in attention:
+            source = one.residual if self._residual else one.hidden
+            self._insert_switch(graph_module, one.site, source, one.output)
+        for other in ffn:
+            self._insert_switch(graph_module, other.site, other.hidden, other.output)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return graph_module.forward
+
+    def _insert_switch(
+        self, graph_module: GraphModule, site: str, source: Node, output: Node
+    ) -> None:
+        if site not in self._stand_ins:
+            return
+
+        def switch(x: Tensor, y: Tensor) -> Tensor:
+            return self._stand_ins[site](x).to(y.dtype) if site in self._active else y
+
+        users = list(output.users)
+        with graph_module.graph.inserting_after(output):
+            node = graph_module.graph.call_function(switch, (source, output))
+        for user in users:
+            user.replace_input_with(output, node)
+
+
+def _main_output(returned: object) -> Tensor:
+    values = returned.values() if isinstance(returned, Mapping) else returned
+    if isinstance(values, Tensor):
+        return values
+    for value in values if hasattr(values, "__iter__") else ():
+        if isinstance(value, Tensor):
+            return value
+    raise ConfigError(
+        'rank_by="loss" compares what the model returns, and this one returned no tensor; use '
+        'rank_by="nmse"'
+    )
