@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import nbl_compiler as nbl
-from nbl_compiler.evaluate import evaluation_rows, perplexity
+from nbl_compiler.evaluation.perplexity import evaluation_rows, perplexity
 from nbl_compiler.models import load_causal
 from nbl_compiler.text import python_docs_parts
 

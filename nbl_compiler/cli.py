@@ -142,32 +142,39 @@ def evaluate(
     text: Text = "python-docs",
     column: Column = "text",
     split: Split = "validation",
-    tokens: Annotated[int, typer.Option(help="Evaluation tokens.")] = 16_384,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Evaluation tokens at each length.")] = 16_384,
+    length: Annotated[str, typer.Option(help="Tokens a row; several as 128,512,2048.")] = "512",
     drop: Annotated[bool, typer.Option(help="Also drop the same layers, for comparison.")] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts to continue with both.")] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to add to a prompt.")] = 64,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, a,b,c.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Documents a task, at most.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    lowering: Lowering = "inductor",
+    lowering: Lowering = "eager",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of the dense model and of the plan, on text you name."""
+    """Quality of a plan against the dense model, on text you name."""
+    from nbl_compiler.evaluation.evaluate_plan import evaluate_plan
     from nbl_compiler.models import load_causal
     from nbl_compiler.plan import Plan
-    from nbl_compiler.quality import compare
     from nbl_compiler.text import TextSource
 
+    lengths = _numbers(length)
     loaded, tokenizer = load_causal(model, dtype, device)
-    documents = TextSource(text, split, column).documents()
-    result = compare(
-        loaded, tokenizer, Plan.load(plan), documents, tokens=tokens, length=length, drop=drop,
-        lowering=lowering, progress=not quiet,
+    found = evaluate_plan(
+        loaded, tokenizer, Plan.load(plan), TextSource(text, split, column).documents(),
+        tokens=tokens, lengths=lengths, drop=drop, prompts=prompts, new_tokens=new_tokens,
+        tasks=[name for name in tasks.split(",") if name], task_folder=task_folder,
+        task_limit=task_limit, lowering=lowering, progress=not quiet,
     )  # fmt: skip
     if as_json:
-        _print_json(result)
+        _print_json(found.as_json())
     else:
-        for name, value in result.items():
-            console.print(f"{name:>16}: {value:,.3f}")
+        for table in found.tables():
+            console.print(table, highlight=False, markup=False)
 
 
 @app.command()

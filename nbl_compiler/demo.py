@@ -13,7 +13,7 @@ from nbl_compiler import speed
 from nbl_compiler.calibration import calibrate
 from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.cost import measure_machine
-from nbl_compiler.evaluate import evaluation_rows, perplexity
+from nbl_compiler.evaluation.perplexity import evaluation_rows, perplexity
 from nbl_compiler.generate import greedy
 from nbl_compiler.models import hidden_size, load_causal
 from nbl_compiler.plan import Plan

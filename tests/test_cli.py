@@ -80,13 +80,18 @@ def test_calibrate_takes_layers_and_a_text_file(monkeypatch, capsys, folder, tmp
 def test_eval_reports_dense_nbl_and_dropped(monkeypatch, capsys, folder, tmp_path):
     path = tmp_path / "plan.safetensors"
     make_plan(monkeypatch, capsys, folder, path, "--count", 1)
-    words = ("eval", folder, path, "--tokens", 512, "--length", 64, "--drop", "--quiet", "--json")
-    status, out, _ = call(monkeypatch, capsys, *words, "--lowering", "eager")
-    values = json.loads(out)
+    words = ("eval", folder, path, "--tokens", 512, "--length", "32,64", "--drop", "--quiet")
+    status, out, _ = call(monkeypatch, capsys, *words, "--json")
+    found = json.loads(out)
     assert status == 0
-    assert set(values) == {"dense", "nbl", "dropped", "nbl / dense", "dropped / dense"}
-    assert values["nbl / dense"] == pytest.approx(values["nbl"] / values["dense"])
-    assert values["nbl"] != values["dense"]
+    assert [row["length"] for row in found["lengths"]] == [32, 64]
+    for row in found["lengths"]:
+        assert row["ratio"]["value"] == pytest.approx(row["nbl"] / row["dense"])
+        assert len({row["dense"], row["nbl"], row["dropped"]}) == 3
+    status, out, _ = call(monkeypatch, capsys, *words, "--prompts", 2, "--new-tokens", 4)
+    assert status == 0
+    for title in ("perplexity", "loss along rows of 64 tokens", "2 prompts continued greedily"):
+        assert title in out
 
 
 def test_generate_with_and_without_a_plan(monkeypatch, capsys, folder, tmp_path):

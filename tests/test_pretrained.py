@@ -12,10 +12,10 @@ from helpers.surgery import linearize_by_surgery
 from torch import Tensor, nn
 
 import nbl_compiler as nbl
-from nbl_compiler.evaluate import evaluation_rows
+from nbl_compiler.evaluation.dropping import dropping
+from nbl_compiler.evaluation.perplexity import evaluation_rows, perplexity_of
 from nbl_compiler.generate import greedy
 from nbl_compiler.models import GEMMA, MINILM, load_causal, resolve
-from nbl_compiler.quality import dropping, perplexity_of
 from nbl_compiler.text import python_docs_parts, token_batches
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.xdist_group("pretrained")]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.evaluate import evaluation_rows
+from nbl_compiler.evaluation.perplexity import evaluation_rows
 from nbl_compiler.text import TextSource, python_docs_parts, token_batches
 
 

@@ -1,17 +1,19 @@
-"""Quality: perplexity on text that calibration never saw, and agreement with the dense model."""
+"""Perplexity of a causal LM on rows of text."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.plan import Plan
 from nbl_compiler.progress import token_bar
 from nbl_compiler.text import opened_rows
 
@@ -51,15 +53,48 @@ def evaluation_rows(
     Raises:
         ConfigError: if the text is shorter than one row.
     """
+    return [
+        row.ids for row in rows_of_documents(documents, tokenizer, tokens=tokens, length=length)
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of evaluation text.
+
+    Args:
+        ids: Token ids [1, T].
+        document: Index of the document that it begins in.
+    """
+
+    ids: Tensor
+    document: int
+
+
+def rows_of_documents(
+    documents: Iterable[str], tokenizer: Any, *, tokens: int, length: int = 512
+) -> list[Row]:
+    """Return :func:`evaluation_rows` together with the document that each row begins in.
+
+    Raises:
+        ConfigError: if the text is shorter than one row.
+    """
     ids: list[int] = []
+    starts: list[int] = []
     for document in documents:
+        starts.append(len(ids))
         ids.extend(tokenizer(document, add_special_tokens=False, truncation=False)["input_ids"])
         if len(ids) >= tokens:
             break
-    rows = [row for row in opened_rows(ids, tokenizer, length) if len(row) == length]
+    rows: list[Row] = []
+    read = 0
+    for row in opened_rows(ids, tokenizer, length):
+        if len(row) == length:
+            rows.append(Row(torch.tensor([row]), bisect_right(starts, read) - 1))
+        read += len(row) - (row[0] != ids[read])  # an added BOS is not of the text
     if not rows:
         raise ConfigError(f"the evaluation text has {len(ids)} tokens; one row needs {length}")
-    return [torch.tensor([row]) for row in rows[: max(tokens // length, 1)]]
+    return rows[: max(tokens // length, 1)]
 
 
 def perplexity(
@@ -82,3 +117,13 @@ def perplexity(
             count += target.numel()
             bar(target.numel())
     return Quality(total / count, count)
+
+
+def perplexity_of(
+    model: nn.Module, tokenizer: Any, plan: Plan, documents: Iterable[str], tokens: int
+) -> float:
+    """Return the perplexity under one plan, without lowering (quality does not depend on it)."""
+    rows = evaluation_rows(documents, tokenizer, tokens=tokens)
+    options: dict[str, Any] = {"plan": plan, "lowering": "eager"}
+    forward = torch.compile(model, backend="nbl", options=options)
+    return perplexity(forward, rows).perplexity

@@ -1,0 +1,69 @@
+"""Tasks of lm-evaluation-harness, for the dense model and under a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbl_compiler.errors import ConfigError
+
+
+def run_tasks(
+    dense: Callable[..., Any],
+    nbl: Callable[..., Any],
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    folder: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return task → metric → (dense, under the plan).
+
+    Args:
+        dense: The dense model.
+        nbl: The model compiled with a plan.
+        tokenizer: Its tokenizer.
+        names: Tasks that the harness knows, or that ``folder`` defines.
+        folder: Further task files (``*.yaml``); their data may be local files.
+        limit: Use so many documents of a task, at most.
+
+    Raises:
+        ConfigError: if the harness is not installed, or a task is not known.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "tasks are run by lm-evaluation-harness, which is not installed: pip install lm-eval"
+        ) from error
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"no folder of tasks at {folder}")
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise ConfigError(
+            f"the harness knows no task {', '.join(unknown)}; `lm-eval --tasks list` lists them"
+        )
+    results = []
+    for forward in (dense, nbl):
+        language_model = HFLM(pretrained=forward, tokenizer=tokenizer, batch_size=1)
+        with torch.no_grad():
+            made = lm_eval.simple_evaluate(
+                model=language_model, tasks=list(names), task_manager=manager, limit=limit,
+                bootstrap_iters=0, verbosity="ERROR",
+            )  # fmt: skip
+        results.append(made["results"])
+    before, after = results
+    return {
+        task: {
+            metric.removesuffix(",none"): (float(value), float(after[task][metric]))
+            for metric, value in metrics.items()
+            if isinstance(value, int | float) and "stderr" not in metric and metric != "alias"
+        }
+        for task, metrics in before.items()
+    }
