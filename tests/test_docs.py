@@ -11,6 +11,7 @@ import torch
 from helpers.saved_model import save_tiny_llama
 from helpers.tiny import text, texts, tiny
 from models.architectures import inputs, make
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nbl_compiler as nbl
 from nbl_compiler.passes.pipeline import build_pipeline
@@ -47,6 +48,18 @@ def test_quickstart_and_plan_format(
     assert (tmp_path / "report.html").is_file()
     told = execute(blocks("docs/plan-format.md"), nbl=nbl)
     assert told["plan"].digest == ran["plan"].digest
+
+
+def test_what_a_plan_costs(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration, held_out = python_docs_parts()
+    batches = nbl.token_batches(calibration, tokenizer, tokens=1024, length=128)
+    plan = nbl.calibrate(model, batches, progress=False)
+    ran = execute(
+        blocks("docs/evaluation.md"), model=model, tokenizer=tokenizer, plan=plan, held_out=held_out
+    )
+    assert [row.length for row in ran["found"].lengths] == [64, 128]
 
 
 def test_the_readme_s_ten_lines(
