@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,35 @@ def errors(plan: Plan) -> dict[str, float]:
         "greatest": float(nmse.max()),
         "bytes": share,
     }
+
+
+class Results:
+    """What was measured, kept in a file: a run that ends early goes on where it was.
+
+    Args:
+        path: The file, or None to keep nothing.
+        settings: What the figures depend on; a file of other settings is refused.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path, self._content = path, {"settings": settings, "rows": {}}
+        if path is not None and path.exists():
+            self._content = json.loads(path.read_text())
+            if self._content["settings"] != settings:
+                raise SystemExit(f"{path} holds results of {self._content['settings']}; move it")
+
+    def row(
+        self, form: str, share: float, make: Callable[[float], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return a row, measured if the file does not have it."""
+        rows = self._content["rows"]
+        name = f"{form} {share:g}"
+        if name not in rows:
+            rows[name] = {"share": share, **make(share)}
+            Console(stderr=True).log(f"{name}: perplexity {rows[name]['perplexity']:.2f}")
+            if self._path is not None:
+                self._path.write_text(json.dumps(self._content, indent=2))
+        return rows[name]
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], dense: float, path: Path) -> None:
@@ -86,12 +116,19 @@ def main() -> None:
     parser.add_argument(
         "--predicted", default="0.2,0.4,0.8", help='the same with values="predicted"'
     )
+    parser.add_argument("--results", type=Path, help="keep rows in this file, and go on from it")
     parser.add_argument("--plot", type=Path, help="write a picture of perplexity against keep")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
     text = list(TextSource(args.text).documents())
     documents = list(TextSource(args.eval_text).documents())
+
+    settings = {
+        "model": args.model, "text": Path(args.text).name, "eval_text": Path(args.eval_text).name,
+        "tokens": args.tokens, "guard_tokens": args.guard_tokens, "eval_tokens": args.eval_tokens,
+    }  # fmt: skip
+    results = Results(args.results, settings)
 
     def fit(**form: Any) -> Plan:
         tokens = args.guard_tokens if "guard" in form else args.tokens
@@ -101,45 +138,50 @@ def main() -> None:
         )
 
     def measure(plan: Plan) -> float:
+        torch._dynamo.reset()  # compiled code of former plans would hold all of them in memory
         return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
 
-    console = Console()
-    dense = measure(Plan())
-    static = []
-    for keep in numbers(args.keep):
-        plan = fit(keep=keep)
-        static.append({"share": keep, **errors(plan), "perplexity": measure(plan)})
-        console.log(f"kept {keep:.0%}: {static[-1]}", highlight=False)
-    guarded = []
-    for capacity in numbers(args.capacity):
-        plan = fit(keep=0.0, guard="predicted", capacity=capacity)
-        oracle = fit(keep=0.0, guard="predicted", capacity=capacity, predictor="none")
+    def static(share: float) -> dict[str, Any]:
+        plan = fit(keep=share)
+        return {**errors(plan), "perplexity": measure(plan)}
+
+    def guarded(share: float) -> dict[str, Any]:
+        plan = fit(keep=0.0, guard="predicted", capacity=share)
+        oracle = fit(keep=0.0, guard="predicted", capacity=share, predictor="none")
         pairs = zip(plan.sites, oracle.sites, strict=True)
         ratios = [ours.holdout_nmse / best.holdout_nmse for ours, best in pairs]
         recall = sum(site.details["recall"] for site in plan.sites) / len(plan.sites)
-        guarded.append({
-            "share": capacity, **errors(plan), "perplexity": measure(plan), "recall": recall,
+        return {
+            **errors(plan), "perplexity": measure(plan), "recall": recall,
             "oracle": errors(oracle), "worst_ratio": max(ratios),
-        })  # fmt: skip
-        console.log(f"capacity {capacity:.0%}: {guarded[-1]}", highlight=False)
-    predicted = []
-    for capacity in numbers(args.predicted):
-        plan = fit(keep=0.0, guard="predicted", capacity=capacity, values="predicted")
-        predicted.append({"share": capacity, **errors(plan), "perplexity": measure(plan)})
-        console.log(f"predicted values {capacity:.0%}: {predicted[-1]}", highlight=False)
+        }  # fmt: skip
+
+    def predicted(share: float) -> dict[str, Any]:
+        plan = fit(keep=0.0, guard="predicted", capacity=share, values="predicted")
+        return {**errors(plan), "perplexity": measure(plan)}
+
+    dense = results.row("dense", 1.0, lambda _: {"perplexity": measure(Plan())})["perplexity"]
+    forms = {
+        "static set kept": (static, args.keep),
+        "guard": (guarded, args.capacity),
+        "guard, predicted values": (predicted, args.predicted),
+    }
     tables = {
-        "static set kept": static, "guard": guarded, "guard, predicted values": predicted,
-    }  # fmt: skip
+        name: [results.row(name, share, make) for share in numbers(shares)]
+        for name, (make, shares) in forms.items()
+    }
     if args.plot:
         plot(tables, dense, args.plot)
     if args.json:
         print(json.dumps({"dense": dense, **tables}, indent=2))
         return
+    kept, put_right, by_prediction = tables.values()
+    console = Console()
     console.print(f"{args.model}, all FFNs folded; dense perplexity {dense:.1f}")
     console.print(
-        share_table("a static set kept", "kept", static, dense),
-        guarded_table(guarded, dense),
-        share_table('a guard with values="predicted"', "put right", predicted, dense),
+        share_table("a static set kept", "kept", kept, dense),
+        guarded_table(put_right, dense),
+        share_table('a guard with values="predicted"', "put right", by_prediction, dense),
     )
 
 

@@ -17,8 +17,9 @@ TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
 # Rows of fewer tokens say nothing when they are repeated or recoded.
 MIN_EDITED = 16
-# How many tokens of a row's vocabulary are replaced: commas, full stops, articles.
-RECODED_TOKENS = 8
+# How many tokens of a row's vocabulary are replaced: punctuation, articles, the words of its topic.
+# With 8 the last layers, which pick up a text's conventions, still looked harmless.
+RECODED_TOKENS = 32
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def test_additive_disturbances_are_ordered_by_size(costs, depth):
 
 def test_recoding_replaces_the_most_frequent_tokens_consistently():
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 40, (4, 64), generator=generator)
+    ids = torch.randint(0, 200, (4, 512), generator=generator)
     part = Part({"input_ids": ids, "use_cache": False}, lambda count: torch.arange(count))
     edited = recode_rows(part)
     recoded = edited.inputs["input_ids"]
-    assert recoded.shape == (2, 64)
+    assert recoded.shape == (2, 512)
     assert torch.equal(recoded[:, 0], ids[:2, 0])
     assert torch.equal(recoded, recode_rows(part).inputs["input_ids"])
     for old, new in zip(ids[:2, 1:].tolist(), recoded[:, 1:].tolist(), strict=True):
@@ -52,10 +52,10 @@ def test_recoding_replaces_the_most_frequent_tokens_consistently():
         assert [code[token] for token in old] == new  # the same token is always replaced alike
         changed = {token for token in code if code[token] != token}
         least = min(old.count(token) for token in changed)
-        assert len(changed) in (RECODED_TOKENS - 1, RECODED_TOKENS)  # one may be drawn for itself
+        assert RECODED_TOKENS - 2 <= len(changed) <= RECODED_TOKENS  # few are drawn for themselves
         unchanged = [old.count(token) for token in code if token not in changed]
-        assert sorted(unchanged)[-2] <= least
-    assert edited.keep(128).tolist() == list(range(128))
+        assert sorted(unchanged)[-3] <= least
+    assert edited.keep(1024).tolist() == list(range(1024))
 
 
 def test_padded_rows_are_not_edited():
