@@ -58,12 +58,14 @@ def main() -> None:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{args.model}: perplexity, dense {dense:.2f}", title_justify="left")
-    for name in ("m", "nbl", "nbl / dense", "dropped", "dropped / dense"):
+    for name in ("m", "nbl", "nbl / dense", "dropped", "dropped / dense", "layers"):
         table.add_column(name, justify="right")
+    every = [site.name for site in calibrated.plan().sites]
     for row in rows:
         table.add_row(
             str(row["m"]), f"{row['nbl']:.1f}", f"{row['nbl'] / dense:.3f}×",
             f"{row['dropped']:.1f}", f"{row['dropped'] / dense:.2f}×",
+            ", ".join(str(every.index(name)) for name in row["layers"]),
         )  # fmt: skip
     Console().print(table)
 
