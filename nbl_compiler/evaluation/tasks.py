@@ -39,7 +39,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            "tasks are run by lm-evaluation-harness, which is not installed: pip install lm-eval"
+            f"tasks are run by lm-evaluation-harness ({error}): pip install lm-eval accelerate"
         ) from error
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"no folder of tasks at {folder}")

@@ -34,7 +34,7 @@ from nbl_compiler.errors import (
 
 # Together with attention.
 
-ATTENTION, FFNS = nbl.Attention(count=1), nbl.FFN(count=1, keep=0.25)
+ATTENTION, FFNS = nbl.Attention(count=1), nbl.FFN(count=1, keep=0.25, rank_by="nmse")
 
 
 @cache
