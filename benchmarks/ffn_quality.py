@@ -109,13 +109,11 @@ def main() -> None:
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--eval-text", default="python-docs")
     parser.add_argument("--tokens", type=int, default=24_576)
-    parser.add_argument("--guard-tokens", type=int, default=8_192, help="guards fit fewer numbers")
-    parser.add_argument("--eval-tokens", type=int, default=8_192)
-    parser.add_argument("--keep", default="0.1,0.2,0.5,0.75", help="shares of neurons kept")
+    parser.add_argument("--guard-tokens", type=int, default=4_096, help="guards fit fewer numbers")
+    parser.add_argument("--eval-tokens", type=int, default=4_096)
+    parser.add_argument("--keep", default="0.1,0.2,0.5", help="shares of neurons kept")
     parser.add_argument("--capacity", default="0.05,0.1,0.2", help="shares put right by the guard")
-    parser.add_argument(
-        "--predicted", default="0.2,0.4,0.8", help='the same with values="predicted"'
-    )
+    parser.add_argument("--predicted", default="0.2,0.8", help='the same with values="predicted"')
     parser.add_argument("--results", type=Path, help="keep rows in this file, and go on from it")
     parser.add_argument("--plot", type=Path, help="write a picture of perplexity against keep")
     parser.add_argument("--json", action="store_true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.plan import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released
-from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_order
+from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
 from nbl_compiler.text_pass import device_of, observe, observe_again
 from nbl_compiler.trial_text import TRIAL_TOKENS
 
@@ -169,7 +168,7 @@ def observe_model(
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
     _check_request(model, config)
     aside: list[dict[str, Any]] = []
-    if solve and any(map(_may_need_trials, (config.attention, config.ffn))):
+    if solve and any(map(needs_trials, (config.attention, config.ffn))):
         batches = _all_but_last(model, batches, aside)
     if config.ffn is not None and solve:
         batches = _for_several_passes(batches)
@@ -240,11 +239,6 @@ def _check_request(model: nn.Module, config: Config) -> None:
 def _dropouts(model: nn.Module) -> list[nn.Module]:
     kind = nn.modules.dropout._DropoutNd
     return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
-
-
-def _may_need_trials(options: Attention | FFN | None) -> bool:
-    """Tell whether trials may have to choose, as far as that is known before sites are counted."""
-    return options is not None and options.rank_by == "loss" and needs_order(options, sys.maxsize)
 
 
 def _all_but_last(

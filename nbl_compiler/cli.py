@@ -79,9 +79,8 @@ def calibrate(
 
     linearize = Attention(count, _layers(layers), max_nmse, rank_by, input)  # type: ignore[arg-type]
     fold = FFN(
-        ffn_count, _layers(ffn_layers), ffn_max_nmse, ffn_rank_by, keep, guard, capacity,  # type: ignore[arg-type]
-        coverage, predictor,  # type: ignore[arg-type]
-        values=values,  # type: ignore[arg-type]
+        ffn_count, _layers(ffn_layers), ffn_max_nmse, keep, guard, capacity, coverage, predictor,  # type: ignore[arg-type]
+        values=values, rank_by=ffn_rank_by,  # type: ignore[arg-type]
     )  # fmt: skip
     asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
     config = Config(linearize if attention else None, fold if asked else None, _ridge(ridge))

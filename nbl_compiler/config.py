@@ -104,9 +104,6 @@ class FFN:
             the best quarter of the sites (rounded up).
         layers: Fold exactly these sites: indices in model order, or site names.
         max_nmse: Never fold a site whose held-out NMSE exceeds this.
-        rank_by: ``"loss"`` (what folding does to the model's output, tried on text that is set
-            aside) or ``"nmse"`` (held-out error of the site alone; no trials, but the first
-            layers, which often fit best, are the ones that a model can least do without).
         keep: Share of the neurons that stay dense, in [0, 1].
         guard: ``"off"``; ``"predicted"``: a predictor picks ``capacity`` outliers a token; or
             ``"exact"`` (plain FFNs): every neuron outside its calibrated range is an outlier, and
@@ -125,6 +122,9 @@ class FFN:
             values, from gathered rows of the weights. ``"predicted"``: their predicted ones, so
             that only the column of W2 is read, and the same bytes hold two (gated: three) times
             the capacity.
+        rank_by: ``"loss"`` (what folding does to the model's output, tried on text that is set
+            aside) or ``"nmse"`` (held-out error of the site alone; no trials, but the first
+            layers, which often fit best, are the ones that a model can least do without).
 
     Raises:
         ConfigError: for contradictory or out-of-range options.
@@ -133,7 +133,6 @@ class FFN:
     count: int | None = None
     layers: tuple[int | str, ...] | None = None
     max_nmse: float | None = None
-    rank_by: Literal["loss", "nmse"] = "loss"
     keep: float = 0.25
     guard: Guard = "off"
     capacity: float | None = None
@@ -141,6 +140,7 @@ class FFN:
     predictor: Predictor = "auto"
     rank: int = 64
     values: Literal["original", "predicted"] = "original"
+    rank_by: Literal["loss", "nmse"] = "loss"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("FFN", self.layers))

@@ -61,19 +61,16 @@ class DemoResult:
         return values
 
 
-def _folded(options: DemoOptions) -> FFN:
-    # Trials would choose better layers, but take four of the ten minutes that a demo may.
-    return FFN(count=options.ffn_count, keep=options.keep, rank_by="nmse")
-
-
 def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
     """Calibrate, compile with Inductor, measure both, generate with both."""
     model, tokenizer = load_causal(options.model)
     calibration, held_out = python_docs_parts()
     batches = token_batches(calibration, tokenizer, tokens=options.tokens)
+    # Trials would choose better FFNs, but take four of the ten minutes that a demo may.
+    folded = FFN(count=options.ffn_count, keep=options.keep, rank_by="nmse")
     config = Config(
         attention=Attention(count=options.count) if options.count else None,
-        ffn=_folded(options) if options.ffn_count else None,
+        ffn=folded if options.ffn_count else None,
     )
     plan = calibrate(model, batches, config, progress=progress)
     rows = evaluation_rows(held_out, tokenizer, tokens=options.eval_tokens)

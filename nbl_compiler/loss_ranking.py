@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,13 @@ from nbl_compiler.config import FFN, Attention
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import StandIn, Trial
-from nbl_compiler.select import Candidate, needs_order, wanted_count
-from nbl_compiler.trial_text import Part, can_be_edited, few_rows, recoded, repeated
+from nbl_compiler.select import Candidate, needs_trials, wanted_count
+from nbl_compiler.trial_text import can_be_edited, few_rows, recoded, repeated
 
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
+
+Ranked = TypeVar("Ranked", Candidate, FFNFit)
 
 
 def rank_attention(
@@ -57,18 +59,14 @@ def rank_attention(
     Raises:
         ConfigError: if the model returns nothing that can be compared.
     """
-    if options.rank_by != "loss" or not needs_order(options, len(candidates)):
+    if not needs_trials(options, len(candidates)):
         return tuple(candidates)
     natural = few_rows(model, list(batches))
     plain = [part for part in natural if can_be_edited(part)]
     edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
     maps = {c.name: _linear(c.fit.weight, c.fit.bias) for c in candidates}
     trial = Trial(model, maps, (natural, *edited), residual=options.input == "residual")
-    places, alone = _ranks(trial, list(maps), wanted_count(len(maps), options), progress)
-    return tuple(
-        replace(c, loss_rank=places[c.name], details={**c.details, "loss": alone[c.name]})
-        for c in candidates
-    )
+    return _ranked(candidates, trial, list(maps), options, progress)
 
 
 def rank_ffns(
@@ -94,18 +92,11 @@ def rank_ffns(
         ConfigError: if the model returns nothing that can be compared.
     """
     able = {fit.name: fit for fit in fits if not fit.refusal}
-    if options.rank_by != "loss" or not needs_order(options, len(able)):
+    if not needs_trials(options, len(able)):
         return tuple(fits)
     folded = {name: folded_ffn(sites[name].weights, fit) for name, fit in able.items()}
-    parts: list[Part] = few_rows(model, list(batches))
-    trial = Trial(model, folded, (parts,), residual=False)
-    places, alone = _ranks(trial, list(able), wanted_count(len(fits), options), progress)
-    return tuple(
-        replace(fit, loss_rank=places[fit.name], details={**fit.details, "loss": alone[fit.name]})
-        if fit.name in able
-        else fit
-        for fit in fits
-    )
+    trial = Trial(model, folded, (few_rows(model, list(batches)),), residual=False)
+    return _ranked(fits, trial, list(able), options, progress)
 
 
 def greedy_order(
@@ -129,11 +120,15 @@ def greedy_order(
     return chosen + left
 
 
-def _ranks(
-    trial: Trial, names: Sequence[str], wanted: int, progress: bool
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Return name → place in the order, and name → disturbance alone."""
-    depth = min(wanted, len(names))
+def _ranked(
+    found: Sequence[Ranked],
+    trial: Trial,
+    names: Sequence[str],
+    options: Attention | FFN,
+    progress: bool,
+) -> tuple[Ranked, ...]:
+    """Try the named ones and return all, those with their place and their disturbance alone."""
+    depth = min(wanted_count(len(names), options), len(names))
     total = len(names) + max(depth - 1, 0) * COMPETITORS
     with torch.no_grad(), tqdm(total=total, desc="ranking", disable=not progress) as bar:
 
@@ -142,9 +137,14 @@ def _ranks(
             return trial(frozenset(active))
 
         alone = {name: disturbance([name]) for name in names}
-        order = greedy_order(alone, depth, disturbance)
+        places = {n: place for place, n in enumerate(greedy_order(alone, depth, disturbance))}
     trial.release()
-    return {name: place for place, name in enumerate(order)}, alone
+    return tuple(
+        replace(one, loss_rank=places[one.name], details={**one.details, "loss": alone[one.name]})
+        if one.name in places
+        else one
+        for one in found
+    )
 
 
 def _linear(weight: Tensor, bias: Tensor) -> StandIn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -180,9 +181,14 @@ def _kind(options: Attention | FFN) -> str:
     return "FFN" if isinstance(options, FFN) else "attention"
 
 
-def needs_order(options: Attention | FFN, sites: int) -> bool:
-    """Tell whether the options leave a choice to the ranking, rather than name or take all."""
-    if options.layers is not None:
+def needs_trials(options: Attention | FFN | None, sites: int = sys.maxsize) -> bool:
+    """Tell whether trials have to choose, because the options neither name the sites nor take all.
+
+    Args:
+        options: How to choose; None if such sites are left alone.
+        sites: How many there are; by default as many as it takes for a choice.
+    """
+    if options is None or options.rank_by != "loss" or options.layers is not None:
         return False
     return 0 < wanted_count(sites, options) < sites
 
@@ -200,7 +206,7 @@ def _ordered(
     known = {name: rank for name, rank in ranks.items() if rank is not None}
     if len(known) == len(ranks):
         return sorted(known, key=lambda name: known[name]), "loss"
-    if needs_order(options, len(scores)):
+    if needs_trials(options, len(scores)):
         raise ConfigError('rank_by="loss" was not measured; calibrate with it')
     return best_first(scores), "nmse"
 

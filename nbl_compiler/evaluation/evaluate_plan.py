@@ -21,6 +21,7 @@ from nbl_compiler.evaluation.perplexity import Row, perplexity, rows_of_document
 from nbl_compiler.evaluation.tasks import run_tasks
 from nbl_compiler.evaluation.token_losses import TokenLosses, token_losses
 from nbl_compiler.plan import Plan
+from nbl_compiler.text_pass import device_of
 
 # With fewer documents than this an interval over documents means nothing; rows are drawn then.
 LEAST_DOCUMENTS = 8
@@ -159,24 +160,25 @@ def evaluate_plan(
     """
     if not lengths or min(lengths) < 2:
         raise ConfigError(f"lengths={tuple(lengths)!r} must name context lengths of at least 2")
-    documents = list(documents)
+    documents, device = list(documents), device_of(model)
     dense, nbl = (_compiled(model, used, lowering) for used in (Plan(), plan))
     without = _compiled(model, dropping(plan), lowering) if drop else None
     made: list[AtLength] = []
     losses: TokenLosses | None = None
-    rows: list[Row] = []
+    ids: list[Tensor] = []
     for length in sorted(set(lengths)):
         rows = rows_of_documents(documents, tokenizer, tokens=tokens, length=length)
-        losses = token_losses(dense, nbl, [row.ids for row in rows], progress=progress)
+        ids = [row.ids.to(device) for row in rows]
+        losses = token_losses(dense, nbl, ids, progress=progress)
         dropped = None
         if without is not None:
-            dropped = perplexity(without, [row.ids for row in rows], progress=progress).perplexity
+            dropped = perplexity(without, ids, progress=progress).perplexity
         made.append(_at_length(losses, rows, dropped))
     assert losses is not None
     return Evaluation(
         lengths=tuple(made),
         positions=_along(losses),
-        generation=_generate(model, nbl, rows, prompts, new_tokens),
+        generation=_generate(model, nbl, ids, prompts, new_tokens),
         tasks=run_tasks(dense, nbl, tokenizer, tasks, folder=task_folder, limit=task_limit)
         if tasks
         else {},
@@ -226,13 +228,12 @@ def _along(losses: TokenLosses) -> tuple[AtPositions, ...]:
 
 
 def _generate(
-    model: nn.Module, nbl: Callable[..., Any], rows: Sequence[Row], prompts: int, new_tokens: int
+    model: nn.Module, nbl: Callable[..., Any], rows: Sequence[Tensor], prompts: int, new_tokens: int
 ) -> Generation | None:
     if not prompts:
         return None
-    length = min(PROMPT_TOKENS, rows[0].ids.shape[1])
-    chosen = torch.cat([row.ids[:, :length] for row in rows[:prompts]])
-    return compare_generation(model, nbl, chosen.to(next(model.parameters()).device), new_tokens)
+    beginnings = torch.cat([ids[:, :PROMPT_TOKENS] for ids in rows[:prompts]])
+    return compare_generation(model, nbl, beginnings, new_tokens)
 
 
 def _generation_table(made: Generation) -> Table:
