@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--counts", default="2,4,8")
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
+    parser.add_argument("--taps", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
     batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
     counts = [int(item) for item in args.counts.split(",")]
-    attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by)
+    attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by, taps=args.taps)
     calibrated = observe_model(model, batches, Config(attention=attention))
     documents = list(TextSource(args.eval_text).documents())
 

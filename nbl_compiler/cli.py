@@ -50,6 +50,8 @@ def calibrate(
     max_nmse: Annotated[float | None, typer.Option(help="Leave layers with more error.")] = None,
     rank_by: Annotated[str, typer.Option(help="nmse, loss or cca.")] = "nmse",
     input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
+    taps: Annotated[int, typer.Option(help="Earlier values that a map also reads.")] = 0,
+    averages: Annotated[bool, typer.Option(help="With taps: averages of values, too.")] = True,
     ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
     ffn: Annotated[bool, typer.Option("--ffn", help="Fold FFNs, too.")] = False,
     ffn_count: Annotated[int | None, typer.Option(help="Fold the best COUNT FFNs.")] = None,
@@ -77,7 +79,10 @@ def calibrate(
     from nbl_compiler.models import load_causal
     from nbl_compiler.text import TextSource, token_batches
 
-    linearize = Attention(count, _layers(layers), max_nmse, rank_by, input)  # type: ignore[arg-type]
+    linearize = Attention(
+        count, _layers(layers), max_nmse, rank_by, input,  # type: ignore[arg-type]
+        taps=taps, averages=averages,
+    )  # fmt: skip
     fold = FFN(
         ffn_count, _layers(ffn_layers), ffn_max_nmse, keep, guard, capacity, coverage, predictor,  # type: ignore[arg-type]
         values=values, rank_by=ffn_rank_by,  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from math import inf
 from typing import Literal, get_args
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.value_states import States
 
 Ridge = float | Literal["auto"]
 Guard = Literal["off", "predicted", "exact"]
@@ -62,7 +63,13 @@ class Attention:
             slower) or ``"cca"`` (the bound of NBL, arXiv 2505.21077, theorem 3.2).
         input: The map's input: ``"normed"``, what the projections read, or ``"residual"``, the
             residual stream before the norm (as in the paper's released code).
-        taps: Number of value taps. Only 0 is supported.
+        taps: Number w of value taps: the map also reads the values v_{t−1} … v_{t−w} that attention
+            would have mixed. A layer then stores a few vectors (``nbl.cache``), or in an ordinary
+            cache its values; without, nothing. 0 is NBL as published.
+        averages: With taps, also two averages of all values that the token may attend to (a
+            decaying one and the mean). Of taps and averages a site keeps what lowers its held-out
+            error. Sites whose attention is not causal, or whose values are projected in several
+            steps, read neither.
 
     Raises:
         ConfigError: for contradictory or out-of-range options.
@@ -74,6 +81,7 @@ class Attention:
     rank_by: Literal["nmse", "loss", "cca"] = "nmse"
     input: Literal["normed", "residual"] = "normed"
     taps: int = 0
+    averages: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("Attention", self.layers))
@@ -84,10 +92,15 @@ class Attention:
             )
         if self.input not in ("normed", "residual"):
             raise ConfigError(f"Attention: input={self.input!r} must be 'normed' or 'residual'")
-        if self.taps != 0:
-            raise ConfigError(
-                f"Attention: taps={self.taps!r} is not supported by this release; use taps=0"
-            )
+        if not isinstance(self.taps, int) or isinstance(self.taps, bool) or self.taps < 0:
+            raise ConfigError(f"Attention: taps={self.taps!r} must be an integer of at least 0")
+        if not isinstance(self.averages, bool):
+            raise ConfigError(f"Attention: averages={self.averages!r} must be True or False")
+
+    @property
+    def states(self) -> States:
+        """The most that a site's map may read of the values."""
+        return States(self.taps, self.averages and self.taps > 0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``nbl.cache``: a KV cache whose linearized layers allocate nothing."""
+"""``nbl.cache``: a KV cache whose linearized layers allocate (next to) nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.plan import Plan
+from nbl_compiler.value_states import States, states_of
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -22,7 +23,8 @@ def cache(
 ) -> Cache:
     """Build a transformers cache for a model that runs a plan.
 
-    Layers that the plan linearizes keep their length and nothing else; the others are ordinary.
+    Layers that the plan linearizes keep their length and nothing else, or, where their maps read
+    value states, a few rows that do not grow; the others are ordinary.
     Run with this cache, the model must be compiled with the same plan: a linearized layer that
     runs dense after all raises ``CacheMismatchError`` rather than attending to nothing.
 
@@ -58,19 +60,19 @@ def cache(
         raise ConfigError(
             f"nbl.cache: implementation={implementation!r}: give 'static' or 'dynamic'"
         )
-    for index in linearized_layers(model, plan):
-        built.layers[index] = length_only(built.layers[index])
+    for index, states in linearized_layers(model, plan).items():
+        built.layers[index] = length_only(built.layers[index], states)
     return built
 
 
-def linearized_layers(model: nn.Module, plan: Plan) -> list[int]:
-    """Return the cache layers of the sites that the plan linearizes.
+def linearized_layers(model: nn.Module, plan: Plan) -> dict[int, States]:
+    """Return the cache layers of the sites that the plan linearizes, with their value states.
 
     Raises:
         ConfigError: if a site of the plan is not an attention module of the model.
     """
     modules = dict(model.named_modules())
-    layers = []
+    layers: dict[int, States] = {}
     for site in plan.rewritten:
         if site.kind != "attention":
             continue
@@ -82,15 +84,16 @@ def linearized_layers(model: nn.Module, plan: Plan) -> list[int]:
                 f"nbl.cache: {site.name} is no attention module with a cache layer in this model; "
                 "was the plan made for it?"
             )
-        layers.append(int(index))
-    return sorted(layers)
+        layers[int(index)] = states_of(site.details)
+    return dict(sorted(layers.items()))
 
 
 def cache_bytes(cache: Cache) -> int:
     """Return the bytes of memory that a cache's keys and values really occupy."""
     storages = {}
     for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        own = getattr(layer, "state_tensors", ())
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None), *own):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

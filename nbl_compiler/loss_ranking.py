@@ -65,7 +65,9 @@ def rank_attention(
     plain = [part for part in natural if can_be_edited(part)]
     edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
     maps = {c.name: _linear(c.fit.weight, c.fit.bias) for c in candidates}
-    trial = Trial(model, maps, (natural, *edited), residual=options.input == "residual")
+    states = {c.name: c.states for c in candidates}
+    residual = options.input == "residual"
+    trial = Trial(model, maps, (natural, *edited), residual=residual, states=states)
     return _ranked(candidates, trial, list(maps), options, progress)
 
 

@@ -21,10 +21,12 @@ from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.canonicalize import Canonicalize
+from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.match_attention import match
 from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.trial_text import Part
+from nbl_compiler.value_states import NO_STATES, States
 
 StandIn = Callable[[Tensor], Tensor]
 """What would replace a site: its input [..., d] → its output [..., o]."""
@@ -38,6 +40,7 @@ class Trial:
         stand_ins: Site name → what would replace it.
         kinds: Kinds of text, each as parts of batches; the worst kind counts.
         residual: Whether attention's stand-ins read the residual stream.
+        states: Site name → the value states that its stand-in reads besides.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Trial:
         kinds: Sequence[Sequence[Part]],
         *,
         residual: bool,
+        states: Mapping[str, States] | None = None,
     ) -> None:
         self._stand_ins, self._residual = dict(stand_ins), residual
+        self._states = dict(states or {})
         self._active: frozenset[str] = frozenset()
         self._kinds = kinds
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
@@ -105,7 +110,8 @@ class Trial:
         attention, ffn = match(graph_module).found, match_ffn(graph_module).found
         for one in attention:
             source = one.residual if self._residual else one.hidden
-            self._insert_switch(graph_module, one.site, source, one.output)
+            read = emit_input(graph_module, one, source, self._states.get(one.site, NO_STATES), {})
+            self._insert_switch(graph_module, one.site, read, one.output)
         for other in ffn:
             self._insert_switch(graph_module, other.site, other.hidden, other.output)
         graph_module.graph.lint()

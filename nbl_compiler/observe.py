@@ -8,31 +8,36 @@ the same for FFN sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from nbl_compiler.config import Config
 from nbl_compiler.errors import CalibrationError, UnsupportedDtypeError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import Stage
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.lowering.value_states import looks_back
 from nbl_compiler.observe_ffn import FFNObservers
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.canonicalize import Canonicalize
-from nbl_compiler.passes.graph_tools import shape_of
+from nbl_compiler.passes.emit_states import emit_input
+from nbl_compiler.passes.graph_tools import Topology, shape_of
 from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.passes.sites import AttentionMatch, load_matches
+from nbl_compiler.passes.value_path import value_weights
 from nbl_compiler.rows import RowChooser
 from nbl_compiler.solvers.moments import BufferedMoments, Moments
 from nbl_compiler.user_errors import reported_by_dynamo
+from nbl_compiler.value_states import NO_STATES, States
 
 
 @dataclass
@@ -42,12 +47,14 @@ class SiteMoments:
     Args:
         train: Moments of the rows to fit.
         holdout: Moments of the held-out rows.
+        states: Value states that stand behind the map's own input in the rows of x.
         details: Plain facts about the site, for the plan.
         weights: Sketches of the weights that the site's region reads.
     """
 
     train: Moments
     holdout: Moments
+    states: States = NO_STATES
     details: dict[str, Any] = field(default_factory=dict)
     weights: tuple[Sketch, ...] = ()
 
@@ -70,9 +77,20 @@ class Observation:
 class _SiteObserver:
     """Receives the rows of one site."""
 
-    def __init__(self, details: dict[str, Any], weights: tuple[Sketch, ...]) -> None:
+    def __init__(
+        self, details: dict[str, Any], weights: tuple[Sketch, ...], states: States
+    ) -> None:
         self._details, self._weights = details, weights
+        self.states, self._looks_back = states, True
         self._buffers: tuple[BufferedMoments, BufferedMoments] | None = None
+
+    def check_mask(self, mask: Tensor, split: tuple[Tensor, Tensor]) -> None:
+        """Take note of whether all tokens that count attend to what came before, and no more."""
+        whole = looks_back(mask)
+        for chosen in split:
+            row, token = chosen // whole.shape[1], chosen % whole.shape[1]
+            fine = whole[row if whole.shape[0] > 1 else torch.zeros_like(row), token]
+            self._looks_back = self._looks_back and bool(fine.all())
 
     def add(self, x: Tensor, y: Tensor, stream: Tensor, split: tuple[Tensor, Tensor]) -> None:
         width_in, width_out = x.shape[-1], y.shape[-1]
@@ -92,7 +110,12 @@ class _SiteObserver:
         assert self._buffers is not None
         train, holdout = (buffer.flush() for buffer in self._buffers)
         details = {**self._details, "tokens": train.count + holdout.count}
-        return SiteMoments(train, holdout, details, self._weights)
+        states = self.states
+        if states and not self._looks_back:
+            details["no_states"] = "its attention is not causal"
+            own = torch.arange(details["width_in"], device=train.xx.device)
+            train, holdout, states = train.of_inputs(own), holdout.of_inputs(own), NO_STATES
+        return SiteMoments(train, holdout, states, details, self._weights)
 
     def release(self) -> None:
         self._buffers = None
@@ -115,6 +138,7 @@ class Observer:
         begin_ffn: Callable[[FFNSite], Stage | None] | None = None,
     ) -> None:
         self._attention = attention
+        self._states = NO_STATES if config.attention is None else config.attention.states
         self._use_residual = config.attention is not None and config.attention.input == "residual"
         self._rows = RowChooser(config.holdout, config.seed)
         self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn)
@@ -173,28 +197,49 @@ class Observer:
         dtype = found.output.meta["example_value"].dtype
         if dtype not in SUPPORTED_DTYPES:
             raise UnsupportedDtypeError(f"{site} computes in {dtype}; load the model in float32")
+        source = found.residual if self._use_residual else found.hidden
+        path = found.value_path
+        possible = NO_STATES if isinstance(path, str) else self._states
         if site not in self._sites:
             read = [values[w.name] for w in found.weights if w.name in values]
             weights = tuple(sketch(w) for w in read if isinstance(w, nn.Parameter))
-            self._sites[site] = _SiteObserver(self._details(found), weights)
+            details = self._details(graph_module, found, source)
+            self._sites[site] = _SiteObserver(details, weights, possible)
         observer = self._sites[site]
+        if possible != observer.states:
+            raise CalibrationError(
+                f"{site}: some batches show what value states are made of and others do not "
+                f"({path}); give batches of one kind, or calibrate with taps=0"
+            )
 
-        def observe(x: Tensor, y: Tensor, stream: Tensor) -> None:
+        def observe(x: Tensor, y: Tensor, stream: Tensor, mask: Tensor | None) -> None:
             with _naming(site):
-                observer.add(x, y, stream, self._rows.split(site, x))
+                split = self._rows.split(site, x)
+                if mask is not None:
+                    observer.check_mask(mask, split)
+                observer.add(x, y, stream, split)
 
-        source = found.residual if self._use_residual else found.hidden
         same = shape_of(found.residual) == shape_of(found.output)
         stream = found.residual if same else found.output
+        mask = None if isinstance(path, str) or not possible else path.mask
+        x = emit_input(graph_module, found, source, possible, {})
         with graph_module.graph.inserting_after(found.output):
-            graph_module.graph.call_function(observe, (source, found.output, stream))
+            graph_module.graph.call_function(observe, (x, found.output, stream, mask))
 
-    def _details(self, found: AttentionMatch) -> dict[str, Any]:
-        shapes = [shape_of(weight) or () for weight in found.weights]
-        return {
-            "parameters": sum(prod(int(size) for size in shape) for shape in shapes),
+    def _details(
+        self, graph_module: GraphModule, found: AttentionMatch, source: Node
+    ) -> dict[str, Any]:
+        details: dict[str, Any] = {
+            "parameters": _parameters(found.weights),
             "input": "residual" if self._use_residual else "normed",
+            "width_in": int((shape_of(source) or (0,))[-1]),
         }
+        if not self._states:
+            return details
+        if isinstance(found.value_path, str):
+            return {**details, "no_states": found.value_path}
+        read = value_weights(found.value_path, found.hidden, Topology(graph_module))
+        return {**details, "value_parameters": _parameters(read)}
 
     def finish(self) -> Observation:
         """Return everything seen, with buffers flushed.
@@ -214,6 +259,10 @@ class Observer:
         self._ffn = None
         for site in self._sites.values():
             site.release()
+
+
+def _parameters(weights: Iterable[Node]) -> int:
+    return sum(prod(int(size) for size in shape_of(weight) or ()) for weight in weights)
 
 
 @contextmanager

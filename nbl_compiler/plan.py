@@ -17,6 +17,7 @@ from torch import Tensor
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.fingerprint import Sketch
 from nbl_compiler.guard_counters import new_counters
+from nbl_compiler.value_states import joined_weight, states_of
 
 Made = TypeVar("Made")
 Kind = Literal["attention", "ffn"]
@@ -38,9 +39,10 @@ class Site:
         holdout_nmse: The same on held-out rows (or by cross-validation without any).
         cca_bound: Σ (1 − ρ_i²), NBL's theorem 3.2 (nan if rejected).
         tensors: For a rewritten site ``weight`` [d_out, d] and ``bias`` [d_out], float32, with
-            y = x @ weight.T + bias for attention. An FFN adds its kept neurons (``kept`` [k]
-            int64, ``down`` [d_out, k]: their refitted columns of W2), and with a guard the slopes,
-            ranges, predictor and certified ``bound`` [d_out] (see
+            y = x @ weight.T + bias for attention; with value states also ``taps`` [w, d_out, n]
+            and ``averages`` [2, d_out, n] (``nbl_compiler.value_states``). An FFN adds its kept
+            neurons (``kept`` [k] int64, ``down`` [d_out, k]: their refitted columns of W2), and
+            with a guard the slopes, ranges, predictor and certified ``bound`` [d_out] (see
             ``docs/passes/fold_ffn.md``). Empty otherwise.
         inputs: For a rewritten site the calibrated distribution of what its map reads, per
             component (``nbl_compiler.monitoring.statistics``). Empty in plans of older releases.
@@ -167,6 +169,15 @@ class Plan:
             with torch.inference_mode(False):  # what is made here outlives the caller's mode
                 self._cast[slot] = site.tensors[key].to(like.device, like.dtype)
         return self._cast[slot]
+
+    def joined_weight(self, site: Site, like: Tensor) -> Tensor:
+        """Return an attention site's map of [x, value states], [d_out, d + …], for ``like``."""
+        if not states_of(site.details):
+            return self.tensor(site, "weight", like)
+        return self.remember(
+            (site.name, "joined_weight", like.dtype, like.device),
+            lambda: joined_weight(site.tensors).to(like.device, like.dtype),
+        )
 
     def remember(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """Return what ``make`` returned for this key when it was first asked for.

@@ -17,8 +17,11 @@ from torch import Tensor
 from nbl_compiler.errors import ConfigError, PlanFormatError
 from nbl_compiler.fingerprint import Sketch
 from nbl_compiler.plan import INPUT_STATISTICS, Plan, Site, from_json, to_json
+from nbl_compiler.value_states import states_of
 
-VERSION = 1
+VERSION = 2
+# What older releases wrote. They know no value states, and refuse plans that have some.
+_WITHOUT_STATES = 1
 _KEY = "nbl_plan"
 # What reading a header that somebody edited may raise, whatever they wrote into it.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -31,7 +34,9 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
 
 def to_bytes(plan: Plan) -> bytes:
     """Return the content of the plan's file."""
-    header = {"version": VERSION, "digest": plan.digest, **plan.header()}
+    needs_states = any(states_of(site.details) for site in plan.rewritten)
+    version = VERSION if needs_states else _WITHOUT_STATES
+    header = {"version": version, "digest": plan.digest, **plan.header()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in plan.tensors().items()}
     metadata = {_KEY: json.dumps(to_json(header), allow_nan=False)}
     return safetensors.torch.save(tensors, metadata=metadata)
@@ -101,9 +106,9 @@ def _checked(text: str, tensors: dict[str, Tensor], path: str) -> Plan:
         version = header["version"]
     except _DAMAGED as error:
         raise PlanFormatError(f"the header of {path} is damaged; calibrate again") from error
-    if version != VERSION:
+    if version not in (_WITHOUT_STATES, VERSION):
         raise PlanFormatError(
-            f"{path} is a plan of version {version}; this release reads version {VERSION}: "
+            f"{path} is a plan of version {version}; this release reads versions up to {VERSION}: "
             "calibrate again, or use the release that wrote it"
         )
     try:

@@ -21,6 +21,11 @@ from nbl_compiler.passes.base import Rejected
 from nbl_compiler.plan import Decision, Site
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
+from nbl_compiler.solvers.moments import Moments
+from nbl_compiler.value_states import NO_STATES, States, split_weight
+
+# A vector of state has to lower the held-out error by this fraction: below, it is noise.
+PRICE_OF_A_STATE = 0.002
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,15 @@ class Candidate:
     """A site with its fitted map, not yet decided on.
 
     ``loss_rank`` is its place in the order that least disturbs the model's predictions, if that
-    was measured (``rank_by="loss"``); ``inputs`` describes what the map reads.
+    was measured (``rank_by="loss"``); ``inputs`` describes what the map reads, ``states`` what it
+    reads of the values besides.
     """
 
     name: str
     fit: LinearFit
     cca_bound: float
     details: dict[str, Any]
+    states: States = NO_STATES
     loss_rank: int | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -113,12 +120,46 @@ def decide_ffn(
 
 
 def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
-    train = site.train
-    fit = fit_linear(train, site.holdout, config.ridge)
-    count = max(train.count, 1)
-    variance = train.xx.diagonal() / count - (train.sum_x / count).square()
-    inputs = input_statistics(train.mean_x, variance)
-    return Candidate(name, fit, cca_bound(train), site.details, inputs=inputs)
+    train, holdout = site.train, site.holdout
+    width = site.details.get("width_in", train.xx.shape[0])
+    own = train
+    if site.states:
+        own = train.of_inputs(torch.arange(width, device=train.xx.device))
+        chosen, fit = _fit_states(train, holdout, width, site.states, config)
+    else:
+        chosen, fit = NO_STATES, fit_linear(train, holdout, config.ridge)
+    count = max(own.count, 1)
+    variance = own.xx.diagonal() / count - (own.sum_x / count).square()
+    inputs = input_statistics(own.mean_x, variance)
+    return Candidate(name, fit, cca_bound(own), site.details, chosen, inputs=inputs)
+
+
+def _fit_states(
+    train: Moments, holdout: Moments, width: int, seen: States, config: Config
+) -> tuple[States, LinearFit]:
+    """Return the states that earn their place by the held-out error, and the fit with them."""
+    each = (train.xx.shape[0] - width) // seen.vectors
+    best: tuple[float, States, LinearFit] | None = None
+    for states in _subsets(seen):
+        columns = torch.arange(train.xx.shape[0], device=train.xx.device)
+        kept = columns < width
+        if states.taps:
+            kept |= (columns >= width) & (columns < width + seen.taps * each)
+        if states.averages:
+            kept |= columns >= width + seen.taps * each
+        some = columns[kept]
+        fit = fit_linear(train.of_inputs(some), holdout.of_inputs(some), config.ridge)
+        cost = fit.holdout_nmse * (1 + PRICE_OF_A_STATE * states.vectors)
+        if best is None or cost < best[0]:
+            best = (cost, states, fit)
+    assert best is not None
+    return best[1:]
+
+
+def _subsets(seen: States) -> list[States]:
+    taps = sorted({0, seen.taps})
+    averages = sorted({False, seen.averages})
+    return [States(w, a) for w in taps for a in averages]
 
 
 def choose(
@@ -226,18 +267,22 @@ def wanted_count(sites: int, options: Attention | FFN) -> int:
 def _site(candidate: Candidate, replace: bool, reason: str) -> Site:
     fit = candidate.fit
     tensors = {}
+    width, states = candidate.details.get("width_in", fit.weight.shape[1]), candidate.states
     if replace:
-        tensors = {
-            "weight": fit.weight.to("cpu", torch.float32).contiguous(),
-            "bias": fit.bias.to("cpu", torch.float32).contiguous(),
-        }
+        tensors = split_weight(fit.weight.to("cpu", torch.float32), width, states)
+        tensors["bias"] = fit.bias.to("cpu", torch.float32).contiguous()
     details = {
         **candidate.details,
         "ridge": fit.ridge,
         "rank": fit.rank,
-        "width_in": fit.weight.shape[1],
+        "width_in": width,
         "width_out": fit.weight.shape[0],
     }
+    if states:
+        details |= {"taps": states.taps, "averages": states.averages}
+        read = fit.weight.numel() + fit.bias.numel() + candidate.details["value_parameters"]
+        details["parameters_read"] = read
+        reason = f"{reason}; reads {states}"
     return Site(
         candidate.name, "attention", "rewritten" if replace else "kept", reason,
         fit.nmse, fit.holdout_nmse, candidate.cca_bound, tensors, details,

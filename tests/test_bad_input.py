@@ -164,7 +164,10 @@ def test_a_model_cast_to_a_dtype_without_linear_maps(
         *BAD_SELECTIONS,
         ({"rank_by": "cos"}, "rank_by='cos' must be 'nmse', 'loss' or 'cca'"),
         ({"input": "raw"}, "input='raw' must be 'normed' or 'residual'"),
-        ({"taps": 4}, "taps=4 is not supported by this release; use taps=0"),
+        ({"taps": -1}, "taps=-1 must be an integer of at least 0"),
+        ({"taps": True}, "taps=True must be an integer"),
+        ({"taps": 1.0}, r"taps=1\.0 must be an integer"),
+        ({"averages": 1}, "averages=1 must be True or False"),
     ],
 )
 def test_attention_options(options: dict[str, Any], message: str) -> None:

@@ -7,7 +7,8 @@ transformers' caches show up in Dynamo's graphs in these ways::
     past_keys.index_copy_(2, positions, k)             # static, in place on a graph input
     keys = torch.zeros(...); keys.index_copy_(...)     # static, first call; `keys` is an output
     new[:, :, i] = k; past_keys.copy_(new)             # static sliding window, full
-    nbl.absent_kv(k, length)                           # nbl.cache: nothing is stored
+    nbl.absent_kv(k, length)                           # nbl.cache: nothing is stored,
+    nbl.stored_states(past, past_mean, v)              # or only value states
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from nbl_compiler.lowering.value_states import stored_states
 from nbl_compiler.passes.graph_tools import (
     Topology,
     argument,
@@ -105,9 +107,14 @@ def _side_writes(interior: tuple[Node, ...], inside: set[Node], topology: Topolo
         for user in _through_views(node)
         if user not in inside
         and is_write(user)
-        and topology.storage(written(user)).op == "placeholder"
+        and _holds_states(topology.storage(written(user)))
         and topology.storage(written(user)) is not topology.storage(node)
     }
+
+
+def _holds_states(owner: Node) -> bool:
+    """Tell whether a written tensor is a cache: handed in, or made by the first call."""
+    return owner.op == "placeholder" or _is_fresh(owner)
 
 
 def _through_views(node: Node) -> list[Node]:
@@ -129,7 +136,7 @@ def _leak(base: Node, allowed: set[Node], returned_ok: bool) -> Node | None:
     stack, seen = [base], {base}
     while stack:
         for user in stack.pop().users:
-            if user in allowed or user in seen or _reads_shape(user):
+            if user in allowed or user in seen or _reads_shape(user) or _stores_states(user):
                 continue
             if user.op == "output":
                 if returned_ok:
@@ -140,6 +147,11 @@ def _leak(base: Node, allowed: set[Node], returned_ok: bool) -> Node | None:
             seen.add(user)
             stack.append(user)
     return None
+
+
+def _stores_states(node: Node) -> bool:
+    """Tell whether the node stands for what a layer of ``nbl.cache`` stores of the values."""
+    return is_call(node, {stored_states._opoverload})
 
 
 def _reads_shape(node: Node) -> bool:

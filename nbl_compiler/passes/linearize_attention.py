@@ -2,6 +2,7 @@
 
     before   q, k, v = x Wqᵀ, x Wkᵀ, x Wvᵀ;  rotary;  cache;  y = attention(q, k, v) Woᵀ
     after    y = x Wᵀ + b        x [..., T, d], W [d_out, d], b [d_out], y [..., T, d_out]
+             y = [x, s] Wᵀ + b   where the plan has value states s (``emit_states.py``)
 
 x is the hidden state that the projections read (``input="normed"``), or the residual stream in
 front of its norm (``input="residual"``); the plan says which it was calibrated for.
@@ -9,18 +10,20 @@ front of its norm (``input="residual"``); the plan says which it was calibrated 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from nbl_compiler.passes.base import PassReport
-from nbl_compiler.passes.graph_tools import example_value
+from nbl_compiler.passes.emit_states import emit_input
+from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plan import Plan, Site
+from nbl_compiler.value_states import States, states_of
 
 
 @dataclass(frozen=True)
@@ -37,33 +40,67 @@ class LinearizeAttention:
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
         found = load_matches(graph_module).found
-        done, report = rewrite_sites(graph_module, self.plan, "attention", found, rewrite)
-        store_linearized(graph_module, done)
+        plan = self.plan
+        done, report = rewrite_sites(graph_module, plan, "attention", found, rewrite)
+        dropped = (
+            _cache_to_drop(graph_module, match, states_of(plan.site(match.site).details))
+            for match in done
+        )
+        store_linearized(graph_module, tuple(dropped))
         return report
 
 
-def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: Plan) -> Node:
-    """Replace one site's output by the plan's map and return the new node."""
+def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: Plan) -> None:
+    """Replace one site's output by the plan's map."""
     source = match.residual if site.details.get("input") == "residual" else match.hidden
     like, target = example_value(source), example_value(match.output)
     assert isinstance(like, Tensor)
     assert isinstance(target, Tensor)
     check_dtype(site, like)
-    width_in, width_out = like.shape[-1], target.shape[-1]
-    check_shapes(site, {"weight": (width_out, width_in), "bias": (width_out,)})
-    weight = lift(graph_module, f"{site.name}_weight", plan.tensor(site, "weight", like))
-    bias = lift(graph_module, f"{site.name}_bias", plan.tensor(site, "bias", like))
+    states = states_of(site.details)
+    _check_shapes(site, match, like.shape[-1], target.shape[-1])
+    weight = plan.joined_weight(site, like)
+    lifted = [
+        lift(graph_module, f"{site.name}_weight", weight),
+        lift(graph_module, f"{site.name}_bias", plan.tensor(site, "bias", like)),
+    ]
+    meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "linearize_attention"}}
+    read = emit_input(graph_module, match, source, states, meta)
     graph = graph_module.graph
     with graph.inserting_after(match.output):
-        new = graph.call_function(F.linear, (source, weight, bias))
+        new = graph.call_function(F.linear, (read, *lifted))
+    new.meta.update(meta)
     if target.dtype != like.dtype:
         with graph.inserting_after(new):
-            cast = graph.call_method("to", (new, target.dtype))
-        cast.meta.update(match.output.meta)
-        new_output = cast
-    else:
-        new_output = new
-    new.meta.update(match.output.meta)
-    new.meta["nbl"] = new_output.meta["nbl"] = {"site": site.name, "pass": "linearize_attention"}
-    match.output.replace_all_uses_with(new_output)
-    return new_output
+            new = graph.call_method("to", (new, target.dtype))
+        new.meta.update(meta)
+    match.output.replace_all_uses_with(new)
+
+
+def _check_shapes(site: Site, match: AttentionMatch, width_in: int, width_out: int) -> None:
+    """Raise ``PlanMismatchError`` if the plan's tensors do not fit the site."""
+    wanted: dict[str, tuple[int, ...]] = {"weight": (width_out, width_in), "bias": (width_out,)}
+    states = states_of(site.details)
+    if states and not isinstance(match.value_path, str):
+        value = example_value(match.value_path.new)
+        assert isinstance(value, Tensor)
+        width = int(value.shape[1]) * int(value.shape[3])
+        if states.taps:
+            wanted["taps"] = (states.taps, width_out, width)
+        if states.averages:
+            wanted["averages"] = (2, width_out, width)
+    check_shapes(site, wanted)
+
+
+def _cache_to_drop(
+    graph_module: GraphModule, match: AttentionMatch, states: States
+) -> AttentionMatch:
+    """Return the match with the cache writes and appends that go: those of keys, or all."""
+    if not states or isinstance(match.value_path, str):
+        return match
+    values = Topology(graph_module).forward(match.value_path.new)
+    return replace(
+        match,
+        cache_writes=tuple(n for n in match.cache_writes if n not in values),
+        cache_appends=tuple(n for n in match.cache_appends if n not in values),
+    )

@@ -35,6 +35,7 @@ from nbl_compiler.passes.graph_tools import (
 )
 from nbl_compiler.passes.hidden_state import HiddenState, Refusal, find_hidden, find_residual
 from nbl_compiler.passes.sites import AttentionMatch, Matches, store_matches, unique_names
+from nbl_compiler.passes.value_path import find_value_path
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ def match(graph_module: GraphModule) -> Matches:
             )
         else:
             region = (result.hidden.node, result.output)
-            found.setdefault(region, _build(name, anchor, result, topology))
+            shared = found.get(region)
+            found[region] = (
+                _build(name, anchor, result, topology)
+                if shared is None
+                else replace(shared, value_path="several attentions share its output projection")
+            )
     for node in find_opaque(graph_module):
         reason = (
             f"`{node.target}` hides queries, keys and values; load the model with sdpa or eager"
@@ -110,6 +116,7 @@ def _build(name: str, anchor: Anchor, region: _Region, topology: Topology) -> At
         cache_writes=region.cache.writes,
         cache_appends=region.cache.appends,
         weights=tuple(sorted(weights, key=topology.position.__getitem__)),
+        value_path=find_value_path(region.hidden.node, anchor.operands, anchor.result, topology),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.passes.base import Rejected
+from nbl_compiler.passes.value_path import ValuePath
 
 _MATCHES = "nbl_attention_matches"
 
@@ -27,6 +28,7 @@ class AttentionMatch:
         cache_writes: In-place writes of keys and values into cache tensors.
         cache_appends: Concatenations of a cache tensor with new keys or values.
         weights: The parameters the region reads, in graph order.
+        value_path: Where its values are, or why a map cannot read them.
     """
 
     site: str
@@ -38,6 +40,7 @@ class AttentionMatch:
     cache_writes: tuple[Node, ...]
     cache_appends: tuple[Node, ...]
     weights: tuple[Node, ...]
+    value_path: ValuePath | str
 
 
 @dataclass(frozen=True)

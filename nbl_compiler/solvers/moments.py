@@ -8,7 +8,7 @@ in float64. Memory does not depend on the number of rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -130,6 +130,21 @@ class Moments:
             cross(self.tt, self.sum_t, dt, self.sum_t, dt),
             self.yy + 2 * self.sum_y * dy + n * dy.square(),
         )  # fmt: skip
+
+    def of_inputs(self, chosen: Tensor) -> Moments:
+        """Return the moments of some components of x only.
+
+        Args:
+            chosen: Their indices, [k].
+        """
+        return replace(
+            self,
+            shift_x=self.shift_x[chosen],
+            sum_x=self.sum_x[chosen],
+            xx=self.xx[chosen][:, chosen],
+            yx=self.yx[:, chosen],
+            tx=self.tx[:, chosen],
+        )
 
     def centred(self) -> Moments:
         """Return the moments about their own means."""

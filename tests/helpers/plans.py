@@ -9,6 +9,7 @@ from torch import nn
 
 from nbl_compiler.fingerprint import sketch
 from nbl_compiler.plan import Plan, Site
+from nbl_compiler.value_states import NO_STATES, States
 
 
 def random_plan(
@@ -18,6 +19,8 @@ def random_plan(
     width: int,
     input: str = "normed",
     seed: int = 3,
+    states: States = NO_STATES,
+    value_width: int = 0,
 ) -> Plan:
     """Return a plan that replaces some of the sites by seeded random maps.
 
@@ -28,6 +31,8 @@ def random_plan(
         width: Size d of the hidden state.
         input: ``"normed"`` or ``"residual"``.
         seed: Of the maps' entries.
+        states: Value states that the maps read.
+        value_width: Width of the values of all heads.
     """
     generator = torch.Generator().manual_seed(seed)
     sketches = list(dict.fromkeys(sketch(p) for p in model.parameters()))
@@ -41,6 +46,13 @@ def random_plan(
         }
         weights = [sketches.index(sketch(p)) for p in model.get_submodule(name).parameters()]
         details = {"input": input, "weights": weights}
+        if states:
+            # Twice the size of the rest: a mistake in the states shall show.
+            several = torch.randn(states.vectors, width, value_width, generator=generator)
+            several *= 2 / value_width**0.5
+            parts = {"taps": several[: states.taps], "averages": several[states.taps :]}
+            maps |= {name: part for name, part in parts.items() if part.numel()}
+            details |= {"taps": states.taps, "averages": states.averages}
         return Site(
             name, "attention", "rewritten", "asked for by the test", tensors=maps, details=details
         )

@@ -23,7 +23,9 @@ from torch.fx import GraphModule
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 import nbl_compiler as nbl
+from nbl_compiler.passes.match_attention import match
 from nbl_compiler.plan import Plan
+from nbl_compiler.value_states import NO_STATES, States
 
 LAYERS = 2  # one linearized, one that attends to a cache
 CACHES = ("DynamicCache", "StaticCache", "nbl dynamic", "nbl static")
@@ -74,6 +76,7 @@ def subject(
     input: str = "normed",
     layers: int = LAYERS,
     dtype: torch.dtype = torch.float32,
+    states: States = NO_STATES,
 ) -> Subject:
     """Build a family's model, plan and oracle.
 
@@ -85,8 +88,26 @@ def subject(
     enliven(model)
     model.to(dtype)
     sites = BY_NAME[name].site_names(layers)
-    plan = random_plan(model, sites, linearized, HIDDEN, input)
+    width = value_width(model, name) if states else 0
+    plan = random_plan(model, sites, linearized, HIDDEN, input, states=states, value_width=width)
     return Subject(name, model, plan, linearize_by_surgery(model, plan), tuple(sites))
+
+
+def value_width(model: nn.Module, name: str) -> int:
+    """Return the width of the values of all heads, which maps with value states read."""
+    found: list[int] = []
+
+    def look(graph_module: GraphModule, _: Any) -> Any:
+        for one in match(graph_module).found:
+            assert not isinstance(one.value_path, str), one.value_path
+            shape = one.value_path.new.meta["example_value"].shape
+            found.append(int(shape[1]) * int(shape[3]))
+        return graph_module.forward
+
+    with torch.no_grad():
+        torch.compile(lambda **given: model(**given), backend=look)(**full_inputs(name))
+    torch._dynamo.reset()
+    return found[0]
 
 
 def enliven(model: nn.Module) -> None:

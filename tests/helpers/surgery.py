@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import torch.nn.functional as F
+from helpers.naive_states import captured_attention, naive_states
 from torch import Tensor, nn
 
 from nbl_compiler.plan import Plan, Site
+from nbl_compiler.value_states import states_of
 
 
 class LinearAttention(nn.Module):
@@ -36,10 +38,25 @@ class LinearAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        others = self.old(*args, **kwargs)[1:]
+        with captured_attention() as mixed:
+            others = self.old(*args, **kwargs)[1:]
         source = hidden if self._stream is None else self._stream
         weight, bias = (self.site.tensors[k].to(source.dtype) for k in ("weight", "bias"))
-        return self._finish(F.linear(source, weight, bias), hidden, args), *others
+        mapped = F.linear(source, weight, bias)
+        states = states_of(self.site.details)
+        if states:
+            read = naive_states(self._own_heads(mixed.values), mixed.allowed, states)
+            vectors = read.unflatten(-1, (states.vectors, -1)).to(source.dtype)
+            maps = [*self.site.tensors.get("taps", ()), *self.site.tensors.get("averages", ())]
+            for index, each in enumerate(maps):
+                mapped = mapped + vectors[:, :, index] @ each.T.to(source.dtype)
+        return self._finish(mapped, hidden, args), *others
+
+    def _own_heads(self, values: Tensor) -> Tensor:
+        """Return the values [B, H, T, D] without heads that repeat others."""
+        maps = self.site.tensors.get("taps", self.site.tensors.get("averages"))
+        heads = maps.shape[-1] // values.shape[-1]
+        return values[:, :: values.shape[1] // heads]
 
     def _finish(self, mapped: Tensor, hidden: Tensor, args: tuple) -> Tensor:
         """Add what the module itself does behind its output projection."""

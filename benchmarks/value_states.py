@@ -1,0 +1,169 @@
+"""Which value states are worth having: held-out NMSE of attention maps that read them.
+
+    python benchmarks/value_states.py --text calibration.jsonl --layers 0,2,4,5,7
+
+For each layer and each set of states one table cell: the error of the best ridge on held-out blocks
+of 128 tokens. ``tap j`` is v_{t−j}, ``mean`` the mean of v_1 … v_t, ``decay λ`` the average
+e_t = λ e_{t−1} + (1 − λ) v_t, ``first`` the value of the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from nbl_compiler.batches import cheap_arguments, model_inputs
+from nbl_compiler.models import load_causal
+from nbl_compiler.passes.match_attention import match
+from nbl_compiler.passes.private_copy import private_copy
+from nbl_compiler.text import TextSource, token_batches
+
+SETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "tap 1": ("tap 1",),
+    "taps 1–4": ("tap 1", "tap 2", "tap 3", "tap 4"),
+    "taps 1, 2, 4, 8": ("tap 1", "tap 2", "tap 4", "tap 8"),
+    "first": ("first",),
+    "mean": ("mean",),
+    "decay 0.5": ("decay 0.5",),
+    "decay 0.8": ("decay 0.8",),
+    "decay 0.95": ("decay 0.95",),
+    "tap 1, mean": ("tap 1", "mean"),
+    "taps 1–4, mean": ("tap 1", "tap 2", "tap 3", "tap 4", "mean"),
+    "tap 1, decay 0.8": ("tap 1", "decay 0.8"),
+    "tap 1, decay 0.9": ("tap 1", "decay 0.9"),
+    "decays 0.5, 0.8, 0.95": ("decay 0.5", "decay 0.8", "decay 0.95"),
+    "tap 1, decay 0.8, mean": ("tap 1", "decay 0.8", "mean"),
+    "tap 1, decay 0.9, mean": ("tap 1", "decay 0.9", "mean"),
+}
+BLOCK, HELD_OUT = 128, 8  # every eighth block of 128 tokens is held out
+RIDGES = (1e-4, 1e-3, 3e-3, 1e-2)
+
+
+def main() -> None:
+    """Print one table: sets of states down, layers across."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--text", default="python-docs")
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--layers", default="0,2,4,5,7,10,13,15,16,17")
+    args = parser.parse_args()
+    model, tokenizer = load_causal(args.model)
+    batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
+    layers = [int(item) for item in args.layers.split(",")]
+    seen = observed(model, batches, layers)
+    columns = [errors(*seen[layer]) for layer in layers]
+    title = f"{args.model}: held-out NMSE of attention maps by what they read of the values"
+    table = Table("states", "vectors", title=title, title_justify="left")
+    for layer in layers:
+        table.add_column(f"layer {layer}", justify="right")
+    for name, parts in SETS.items():
+        table.add_row(name, str(len(parts)), *(f"{column[name]:.3f}" for column in columns))
+    Console().print(table)
+
+
+Rows = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def observed(model: nn.Module, batches: Any, layers: Sequence[int]) -> dict[int, Rows]:
+    """Return layer → batches of (x [B, T, d], v [B, T, n], y [B, T, d_out])."""
+    seen: dict[int, Rows] = {layer: ([], [], []) for layer in layers}
+
+    def record(layer: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def add(x: Tensor, values: Tensor, y: Tensor) -> None:
+            flat = values.transpose(1, 2).flatten(2)
+            for kept, rows in zip(seen[layer], (x, flat, y), strict=True):
+                kept.append(rows.detach().clone())
+
+        return add
+
+    def backend(graph_module: GraphModule, _: Any) -> Callable[..., Any]:
+        graph_module = private_copy(graph_module)
+        for layer, found in enumerate(match(graph_module).found):
+            if layer in seen and not isinstance(found.value_path, str):
+                with graph_module.graph.inserting_after(found.output):
+                    operands = (found.hidden, found.value_path.new, found.output)
+                    graph_module.graph.call_function(record(layer), operands)
+        graph_module.recompile()
+        return graph_module.forward
+
+    compiled = torch.compile(lambda **given: model(**given), backend=backend)
+    with torch.no_grad():
+        for batch in batches:
+            given = model_inputs(model, batch, torch.device("cpu"))
+            compiled(**{**cheap_arguments(model), **given})
+    return seen
+
+
+def state(name: str, values: Tensor) -> Tensor:
+    """Return one state [B, T, n] of values [B, T, n]."""
+    kind, _, number = name.partition(" ")
+    if kind == "first":
+        return values[:, :1].expand_as(values)
+    if kind == "mean":
+        count = torch.arange(1, values.shape[1] + 1)[:, None]
+        return (values.double().cumsum(1) / count).float()
+    if kind == "tap":
+        lag = int(number)
+        return torch.cat([torch.zeros_like(values[:, :lag]), values[:, :-lag]], 1)
+    decay, result = float(number), torch.empty_like(values)
+    result[:, 0] = values[:, 0]
+    for token in range(1, values.shape[1]):
+        result[:, token] = decay * result[:, token - 1] + (1 - decay) * values[:, token]
+    return result
+
+
+def errors(inputs: list[Tensor], values: list[Tensor], outputs: list[Tensor]) -> dict[str, float]:
+    """Return set of states → held-out NMSE of the map that reads x and them."""
+    names = sorted({part for parts in SETS.values() for part in parts})
+    rows = [
+        torch.cat([x, *(state(name, v) for name in names)], -1).flatten(0, 1)
+        for x, v in zip(inputs, values, strict=True)
+    ]
+    everything, target = torch.cat(rows), torch.cat([y.flatten(0, 1) for y in outputs])
+    held = torch.arange(len(target)) // BLOCK % HELD_OUT == HELD_OUT // 2
+    everything -= everything[~held].mean(0)
+    target = target - target[~held].mean(0)
+    fit, test = _moments(everything, target, ~held), _moments(everything, target, held)
+    total = target[held].double().square().sum()
+    width, each = inputs[0].shape[-1], values[0].shape[-1]
+    result = {}
+    for name, parts in SETS.items():
+        starts = [width + names.index(part) * each for part in parts]
+        columns = [*range(width), *(c for start in starts for c in range(start, start + each))]
+        result[name] = min(_error(fit, test, total, columns, ridge) for ridge in RIDGES)
+    return result
+
+
+def _moments(rows: Tensor, target: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = rows[chosen], target[chosen]
+    return (x.T @ x).double(), (x.T @ y).double()
+
+
+def _error(
+    fit: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    total: Tensor,
+    columns: list[int],
+    ridge: float,
+) -> float:
+    index = torch.tensor(columns)
+    scale = fit[0].diagonal()[index].sqrt().clamp_min(1e-9)
+    gram = fit[0][index][:, index] / scale[:, None] / scale
+    weight = torch.linalg.solve(
+        gram + ridge * torch.eye(len(columns)), fit[1][index] / scale[:, None]
+    )
+    weight = weight / scale[:, None]
+    error = total - 2 * (weight * test[1][index]).sum()
+    return float((error + (weight * (test[0][index][:, index] @ weight)).sum()) / total)
+
+
+if __name__ == "__main__":
+    main()

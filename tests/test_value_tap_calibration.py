@@ -1,0 +1,149 @@
+"""Fitting maps that read value states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.tiny import calibrated, compiled, config, output, text, texts, tiny
+from torch import nn
+
+import nbl_compiler as nbl
+from nbl_compiler.calibration import observe_model
+from nbl_compiler.errors import CalibrationError, PlanFormatError
+from nbl_compiler.plan import Plan
+from nbl_compiler.plan_file import VERSION, from_bytes, to_bytes
+from nbl_compiler.value_states import states_of
+
+# Float32 rounding of a whole tiny model, relative to its largest output.
+LOGIT_TOLERANCE = 3e-5
+EXACT = 1e-6
+
+
+def attending_to_all_alike(name: str = "llama") -> nn.Module:
+    """Return a tiny model whose queries are zero: attention is the mean of the values."""
+    model = tiny(name)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if "q_proj" in path or "q_norm" in path:
+                weight.zero_()
+    return model
+
+
+def padded(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a batch with left padding."""
+    ids = text(seed=seed)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate((0, 3, 11, 30)):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_uniform_attention_is_recovered(name: str) -> None:
+    """Over whole documents, and over sliding windows: the mean is a state."""
+    model = attending_to_all_alike(name)
+    plan = calibrated(model, layers=(0, 1), taps=1, ridge=0.0)
+    assert all(site.holdout_nmse < EXACT for site in plan.rewritten)
+    assert all(states_of(site.details).averages for site in plan.rewritten)
+    ids = text(seed=9)
+    dense = output(model, ids)
+    error = (output(compiled(model), ids) - dense).abs().max() / dense.abs().max()
+    assert error < LOGIT_TOLERANCE
+    without = calibrated(model, layers=(0, 1), taps=1, averages=False, ridge=0.0)
+    assert all(site.holdout_nmse > 0.1 for site in without.rewritten)
+
+
+def test_padding_is_no_part_of_any_average() -> None:
+    model = attending_to_all_alike()
+    options = config(layers=(0, 1), taps=1, ridge=0.0)
+    plan = nbl.calibrate(model, [padded(0), padded(1), text(seed=2)], options, progress=False)
+    assert all(site.holdout_nmse < EXACT for site in plan.rewritten)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bert", "not causal"), ("t5", "not causal"), ("deepseek_v3", "in several steps")],
+)
+def test_where_there_can_be_no_states_the_map_goes_without(name: str, reason: str) -> None:
+    model = tiny(name)
+    batches = [text(length=20, seed=seed) for seed in range(3)]
+    given = [{"input_ids": b, "decoder_input_ids": b} if name == "t5" else b for b in batches]
+    plan, plain = (
+        nbl.calibrate(model, given, config(layers=(0,), taps=taps), progress=False)
+        for taps in (2, 0)
+    )
+    (site,), (wanted,) = plan.rewritten, plain.rewritten
+    assert reason in site.details["no_states"]
+    assert set(site.tensors) == {"weight", "bias"}
+    # The same rows: their blocks are summed beside other columns, which rounds differently.
+    torch.testing.assert_close(site.tensors["weight"], wanted.tensors["weight"], atol=1e-4, rtol=0)
+
+
+def test_without_taps_nothing_changes() -> None:
+    model = tiny()
+    assert calibrated(model).digest == calibrated(model, averages=False).digest
+    assert "taps" not in calibrated(model).rewritten[0].details
+
+
+def test_states_have_to_earn_their_place() -> None:
+    """Attention that looks at its own token only: x says it all."""
+    model = tiny()
+    rows = torch.arange(5, 60)[:, None]
+    options = config(layers=(0, 1), taps=2, holdout=0.3)
+    plan = nbl.calibrate(model, [rows], options, progress=False)
+    assert not any(states_of(site.details) for site in plan.rewritten)
+    assert all(site.nmse < EXACT for site in plan.rewritten)
+
+
+def test_batches_have_to_agree_on_whether_there_are_states() -> None:
+    """Without a mask and not causal there is no telling who attends to whom."""
+    model = tiny()
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            for layer in self.model.model.layers:
+                layer.self_attn.is_causal = input_ids.shape[1] < 30
+            return self.model(input_ids, use_cache=False).logits
+
+    batches = [text(length=20), text(length=40)]
+    with pytest.raises(CalibrationError, match="give batches of one kind, or calibrate with taps"):
+        nbl.calibrate(Mixed().eval(), batches, config(taps=1), progress=False)
+
+
+def test_a_plan_with_states_has_a_version_of_its_own() -> None:
+    """Releases that know no states must not apply half of such a map."""
+    model = attending_to_all_alike()
+    with_states, without = calibrated(model, taps=1), calibrated(model)
+    assert f'\\"version\\": {VERSION}'.encode() in to_bytes(with_states)
+    assert b'\\"version\\": 1' in to_bytes(without)
+    assert from_bytes(to_bytes(with_states)).digest == with_states.digest
+    newer = to_bytes(with_states).replace(b'\\"version\\": 2', b'\\"version\\": 3')
+    with pytest.raises(PlanFormatError, match="is a plan of version 3"):
+        from_bytes(newer)
+
+
+def test_parameters_read_count_the_values() -> None:
+    model = attending_to_all_alike()
+    site = calibrated(model, taps=1, count=1).rewritten[0]
+    values = model.model.layers[0].self_attn.v_proj
+    own = sum(tensor.numel() for tensor in site.tensors.values())
+    assert site.details["value_parameters"] == sum(p.numel() for p in values.parameters())
+    assert site.details["parameters_read"] == own + site.details["value_parameters"]
+    assert "averages" in site.reason
+
+
+def test_one_calibration_serves_plans_with_other_choices() -> None:
+    model = tiny()
+    options = config(count=1, taps=1)
+    found = observe_model(model, texts(), options, progress=False)
+    attention = options.attention
+    assert attention is not None
+    both = found.plan(replace(attention, count=2))
+    assert isinstance(both, Plan)
+    assert len(both.rewritten) == 2

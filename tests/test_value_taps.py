@@ -1,0 +1,273 @@
+"""Maps that read value states: the compiled model against the same plan applied by definition.
+
+The oracle takes the values and the mask out of the model's own attention and makes the states in a
+loop over tokens (``helpers/naive_states.py``); it never uses a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from helpers.generating import BATCH, CACHE_LENGTH
+from helpers.scenarios import (
+    CACHES,
+    Run,
+    compile_with,
+    dynamic_run,
+    full_inputs,
+    full_run,
+    generation,
+    main_output,
+    new_cache,
+    subject,
+)
+from helpers.tiny import text
+from models.architectures import ARCHITECTURES, SLIDING_WINDOW
+
+import nbl_compiler as nbl
+from nbl_compiler.errors import ConfigError
+from nbl_compiler.passes.match_attention import match
+from nbl_compiler.value_states import States
+
+# As in ``test_oracle``; states add four products as large as the map's own to each output.
+ROUNDING = 1e-4
+BFLOAT16_ROUNDING = 6e-2
+MATTERS = 1.0
+
+SOME = States(taps=2, averages=True)
+KINDS = (States(taps=3), States(averages=True), SOME)
+# Values that are projected in several steps (MLA) have no value path; and the oracle looks into
+# scaled dot-product attention, which the others spell out.
+WITHOUT = {"deepseek_v3", "gptj", "bloom"}
+FAMILIES = [
+    pytest.param(a.name, marks=pytest.mark.xdist_group(a.name))
+    for a in ARCHITECTURES
+    if a.kind == "decoder" and a.implementations[0] == "sdpa" and a.name not in WITHOUT
+]
+
+
+def assert_equal_within_rounding(run: Run, tolerance: float = ROUNDING) -> None:
+    """Check a run against the oracle, and that the oracle could have told a mistake."""
+    scale = run.expected.double().std().item()
+    torch.testing.assert_close(run.logits, run.expected, atol=tolerance * scale, rtol=0)
+    assert (run.dense - run.expected).abs().max() > MATTERS * scale
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_pass(name: str) -> None:
+    assert_equal_within_rounding(full_run(name, "sdpa", states=SOME))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_generation_of_padded_prompts(name: str, cache: str) -> None:
+    """Three rows with left padding, 32 steps: prefill and decode agree with one pass."""
+    assert_equal_within_rounding(generation(name, "sdpa", cache, padded=True, states=SOME))
+
+
+@pytest.mark.parametrize("states", KINDS, ids=str)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_each_kind_of_state(name: str, cache: str, states: States) -> None:
+    """Behind sliding windows too: the runs are several windows long."""
+    assert_equal_within_rounding(generation(name, "sdpa", cache, states=states))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_symbolic_shapes(name: str) -> None:
+    assert_equal_within_rounding(dynamic_run(name, "sdpa", states=SOME))
+
+
+@pytest.mark.parametrize("cache", ["StaticCache", "nbl dynamic"])
+def test_residual_input(cache: str) -> None:
+    assert_equal_within_rounding(generation("llama", "sdpa", cache, input="residual", states=SOME))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_bfloat16(name: str) -> None:
+    run = full_run(name, "sdpa", dtype=torch.bfloat16, states=SOME)
+    assert run.logits.dtype == torch.bfloat16
+    assert_equal_within_rounding(run, BFLOAT16_ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "gptj"])
+@pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache", "nbl static"])
+def test_eager_attention_agrees_with_itself(name: str, cache: str) -> None:
+    """Where the oracle cannot look into attention: generation against one compiled pass."""
+    one = subject(name, "eager", states=SOME)
+    ids = text(batch=2, length=20)
+    fast = compile_with(one.model, one.plan)
+    past = new_cache(one, cache)
+    with torch.no_grad():
+        whole = fast(ids, use_cache=False).logits
+        dense = one.model(ids, use_cache=False).logits
+        parts = [
+            fast(ids[:, a:b], past_key_values=past).logits
+            for a, b in ((0, 9), *((i, i + 1) for i in range(9, 20)))
+        ]
+    scale = whole.std().item()
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=ROUNDING * scale, rtol=0)
+    assert (whole - dense).abs().max() > MATTERS * scale
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_prefill_in_pieces(name: str, cache: str) -> None:
+    """A chat goes on: further calls of several tokens read what earlier calls stored."""
+    one = subject(name, "sdpa", states=SOME)
+    ids = text(batch=BATCH, length=24)
+    past = new_cache(one, cache)
+    fast = compile_with(one.model, one.plan)
+    with torch.no_grad():
+        expected = one.oracle(ids, use_cache=False).logits
+        pieces = [
+            fast(ids[:, a:b], past_key_values=past).logits for a, b in ((0, 5), (5, 12), (12, 24))
+        ]
+    atol = ROUNDING * expected.std().item()
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=atol, rtol=0)
+
+
+def test_packed_documents_do_not_see_one_another() -> None:
+    """Two documents in one row, told apart by their positions: as if each ran alone."""
+    one = subject("llama", "sdpa", states=SOME)
+    first, second = text(batch=1, length=9, seed=1), text(batch=1, length=7, seed=2)
+    positions = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
+    fast = compile_with(one.model, one.plan)
+    with torch.no_grad():
+        packed = fast(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        alone = [one.oracle(ids, use_cache=False).logits for ids in (first, second)]
+    expected = torch.cat(alone, 1)
+    torch.testing.assert_close(packed, expected, atol=ROUNDING * expected.std().item(), rtol=0)
+
+
+def test_a_dense_prefill_leaves_what_decoding_needs() -> None:
+    """``generate`` with a static cache may run its prefill uncompiled: the cache holds values."""
+    one = subject("llama", "sdpa", linearized=(1,), states=SOME)  # the last: nothing reads it
+    ids = text(batch=2, length=10)
+    past = new_cache(one, "StaticCache")
+    fast = compile_with(one.model, one.plan)
+    with torch.no_grad():
+        one.model(ids[:, :9], past_key_values=past)
+        step = fast(ids[:, 9:], past_key_values=past).logits
+        expected = one.oracle(ids, use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(step, expected, atol=ROUNDING * expected.std().item(), rtol=0)
+
+
+@pytest.mark.parametrize("cache", ["nbl dynamic", "nbl static"])
+def test_the_plans_own_cache_does_not_grow(cache: str) -> None:
+    """Per sequence: two taps and two sums, [heads, 4, head size], whatever the length."""
+    run = generation("llama", "sdpa", cache, padded=True, states=SOME)
+    linear, dense = run.cache.layers
+    width = run.subject.plan.rewritten[0].tensors["taps"].shape[-1]
+    stored = sum(tensor.nbytes for tensor in linear.state_tensors)
+    assert stored == BATCH * 4 * width * 4
+    assert nbl.cache_bytes(run.cache) == stored + dense.keys.nbytes + dense.values.nbytes
+
+
+def test_behind_a_window_the_plans_own_cache_holds_the_window() -> None:
+    run = generation("mistral", "sdpa", "nbl static", states=SOME)
+    linear = run.cache.layers[0]
+    assert linear.value_rows.shape[2] == SLIDING_WINDOW - 1
+    assert linear.value_sums.shape[2] == 0
+
+
+@pytest.mark.parametrize("cache", ["StaticCache", "DynamicCache"])
+def test_keys_are_neither_computed_nor_stored(cache: str) -> None:
+    run = generation("llama", "sdpa", cache, padded=True, states=SOME)
+    for graph in run.graphs:
+        names = {n.name for n in graph.graph.nodes if n.op == "placeholder" and n.users}
+        read = {part for part in ("q_proj", "k_proj", "v_proj", "o_proj")
+                if any("layers_modules_0" in name and part in name for name in names)}  # fmt: skip
+        assert read == {"v_proj"}
+    assert torch.count_nonzero(run.cache.layers[0].keys) == 0
+    assert torch.count_nonzero(run.cache.layers[0].values) > 0
+
+
+@pytest.mark.parametrize("cache", ["DynamicCache", "nbl dynamic", "nbl static"])
+def test_beams_take_their_past_along(cache: str) -> None:
+    """Rows of the cache change places between steps; each must keep its own states."""
+    one = subject("llama", "sdpa", states=SOME)
+    ids = text(batch=2, length=12)
+    past = new_cache(one, cache)
+    fast = compile_with(one.model, one.plan)
+    order = torch.tensor([1, 0])
+    with torch.no_grad():
+        fast(ids[:, :11], past_key_values=past)
+        past.reorder_cache(order)
+        step = fast(ids[order, 11:], past_key_values=past).logits
+        expected = one.oracle(ids[order], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(step, expected, atol=ROUNDING * expected.std().item(), rtol=0)
+
+
+def test_a_cache_is_emptied_by_reset() -> None:
+    one = subject("llama", "sdpa", states=SOME)
+    ids = text(batch=2, length=8)
+    past = new_cache(one, "nbl static")
+    fast = compile_with(one.model, one.plan)
+    with torch.no_grad():
+        fast(text(batch=2, length=8, seed=5), past_key_values=past)
+        past.reset()
+        again = fast(ids, past_key_values=past).logits
+        expected = one.oracle(ids, use_cache=False).logits
+    torch.testing.assert_close(again, expected, atol=ROUNDING * expected.std().item(), rtol=0)
+
+
+def test_a_cache_with_states_cannot_be_cropped() -> None:
+    run = generation("llama", "sdpa", "nbl dynamic", padded=True, states=SOME)
+    with pytest.raises(ConfigError, match="cannot be cropped where it holds value states"):
+        run.cache.layers[0].crop(-1)
+
+
+def test_a_cache_made_for_another_plan_is_refused() -> None:
+    with_states = subject("llama", "sdpa", states=SOME)
+    without = subject("llama", "sdpa")
+    ids = text(batch=1, length=6)
+    fast = compile_with(with_states.model, with_states.plan)
+    with torch.no_grad(), pytest.raises(nbl.errors.NBLError, match="make the cache for the plan"):
+        fast(ids, past_key_values=nbl.cache(without.model, without.plan, CACHE_LENGTH))
+
+
+def test_a_cache_with_states_refuses_the_dense_model() -> None:
+    one = subject("llama", "sdpa", states=SOME)
+    with torch.no_grad(), pytest.raises(nbl.errors.CacheMismatchError, match="runs dense"):
+        one.model(text(batch=1, length=6), past_key_values=nbl.cache(one.model, one.plan, 16))
+
+
+def test_states_of_another_width_are_refused() -> None:
+    one = subject("llama", "sdpa", states=SOME)
+    site = one.plan.rewritten[0]
+    wrong = {**site.tensors, "taps": site.tensors["taps"][:, :, :-1].contiguous()}
+    sites = tuple(replace(s, tensors=wrong) if s is site else s for s in one.plan.sites)
+    fast = compile_with(one.model, replace(one.plan, sites=sites))
+    with (
+        torch.no_grad(),
+        pytest.raises(nbl.errors.PlanMismatchError, match=r"taps for model\.layers\.0"),
+    ):
+        fast(text(batch=1, length=6), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "deepseek_v3"])
+def test_sites_without_a_value_path_say_why(name: str) -> None:
+    reasons: list[Any] = []
+
+    def look(graph_module: Any, _: Any) -> Any:
+        reasons.extend(one.value_path for one in match(graph_module).found)
+        return graph_module.forward
+
+    one = subject(name, "sdpa")
+    with torch.no_grad():
+        main_output(torch.compile(one.model, backend=look)(**full_inputs(name)))
+    wanted = "projected in several steps" if name == "deepseek_v3" else "not causal"
+    assert reasons
+    assert all(isinstance(reason, str) and wanted in reason for reason in reasons)
+
+
+def test_growing_caches_keep_growing_values_only() -> None:
+    tapped = generation("llama", "sdpa", "DynamicCache", padded=True, states=SOME).cache.layers[0]
+    assert tapped.keys.shape == tapped.values.shape
+    assert tapped.keys.untyped_storage().nbytes() == tapped.keys.element_size()
+    assert tapped.values.untyped_storage().nbytes() == tapped.values.numel() * 4
