@@ -20,7 +20,7 @@ from nbl_compiler.config import Attention, Config
 from nbl_compiler.evaluation.dropping import dropping
 from nbl_compiler.evaluation.perplexity import perplexity_of
 from nbl_compiler.models import load_causal
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.text import TextSource, token_batches
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 import nbl_compiler as nbl
 from nbl_compiler.evaluation.perplexity import perplexity_of
 from nbl_compiler.models import load_causal
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.text import TextSource, token_batches
 
 EVERY = 1e9  # no error is too large: all FFNs are folded

@@ -19,7 +19,7 @@ from torch import nn
 from nbl_compiler import speed
 from nbl_compiler.cost import measure_machine
 from nbl_compiler.fingerprint import sketch
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.speed_table import as_rows, speed_table
 
 # d 896, 24 layers, 14 query and 2 key/value heads, FFN 4,864, vocabulary 151,936, tied head.

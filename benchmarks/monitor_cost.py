@@ -24,7 +24,7 @@ from torch import nn
 import nbl_compiler as nbl
 from nbl_compiler import speed
 from nbl_compiler.monitoring.statistics import input_statistics
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.timing import Timing, seconds_of
 
 # Logits of a random model are of order one; counting must not change them but for the order in
@@ -60,7 +60,7 @@ def measure(model: nn.Module, plan: Plan, args: argparse.Namespace) -> dict[str,
     options = {"plan": plan, "lowering": args.lowering}
     fast = torch.compile(model, backend="nbl", options=options)
     kv = nbl.cache(model, plan, max_cache_len=args.context + args.steps + 2)
-    speed.set_up(kv, speed.Contender("nbl", fast, lambda _: kv), torch.full((1, 1), 7))
+    speed.set_up(kv, fast, batch=1)
     run = decode_call(fast, kv, args.context, args.steps)
     m = nbl.monitor(fast, warn=False)
     run()

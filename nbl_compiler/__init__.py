@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from nbl_compiler.monitoring.monitor import Monitor, monitor
     from nbl_compiler.monitoring.verdict import MonitorLimits, SiteTraffic
     from nbl_compiler.passes.base import Pass, PassReport, Rejected
-    from nbl_compiler.plan import Plan, Site
+    from nbl_compiler.planning.budget import Budget, Space
+    from nbl_compiler.planning.front import Front
+    from nbl_compiler.planning.plan_for_budget import plan
+    from nbl_compiler.plans import Plan, Site
     from nbl_compiler.registry import attach
     from nbl_compiler.resident import Released, release, resident_bytes
     from nbl_compiler.text import token_batches
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "nbl_compiler.planning.budget",
+    "Front": "nbl_compiler.planning.front",
     "Pass": "nbl_compiler.passes.base",
     "PassReport": "nbl_compiler.passes.base",
-    "Plan": "nbl_compiler.plan",
-    "Site": "nbl_compiler.plan",
+    "Plan": "nbl_compiler.plans",
+    "Site": "nbl_compiler.plans",
     "attach": "nbl_compiler.registry",
     "cache": "nbl_compiler.kv_cache",
     "cache_bytes": "nbl_compiler.kv_cache",
@@ -46,12 +51,14 @@ _HOMES = {
     "monitor": "nbl_compiler.monitoring.monitor",
     "Monitor": "nbl_compiler.monitoring.monitor",
     "MonitorLimits": "nbl_compiler.monitoring.verdict",
+    "plan": "nbl_compiler.planning.plan_for_budget",
     "release": "nbl_compiler.resident",
     "Released": "nbl_compiler.resident",
     "Rejected": "nbl_compiler.passes.base",
     "Report": "nbl_compiler.explanation",
     "reset_guard_counts": "nbl_compiler.guards",
     "resident_bytes": "nbl_compiler.resident",
+    "Space": "nbl_compiler.planning.budget",
     "SiteTraffic": "nbl_compiler.monitoring.verdict",
     "token_batches": "nbl_compiler.text",
 }
@@ -59,7 +66,9 @@ _HOMES = {
 __all__ = [
     "FFN",
     "Attention",
+    "Budget",
     "Config",
+    "Front",
     "GuardCounts",
     "Monitor",
     "MonitorLimits",
@@ -71,6 +80,7 @@ __all__ = [
     "Report",
     "Site",
     "SiteTraffic",
+    "Space",
     "__version__",
     "attach",
     "cache",
@@ -81,6 +91,7 @@ __all__ = [
     "guard_counts",
     "guard_recall",
     "monitor",
+    "plan",
     "release",
     "reset_guard_counts",
     "resident_bytes",

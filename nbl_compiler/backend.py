@@ -29,8 +29,8 @@ from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.sites import AttentionMatch, load_linearized, load_matches
 from nbl_compiler.passes.upstream import upstream_weights
 from nbl_compiler.passes.watch_inputs import site_weights
-from nbl_compiler.plan import Plan, Site
 from nbl_compiler.plan_file import load_shared
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.trace import announce
 from nbl_compiler.user_errors import reported_by_dynamo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
@@ -166,10 +166,45 @@ def observe_model(
     """
     config = config or Config()
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
-    _check_request(model, config)
     aside: list[dict[str, Any]] = []
     if solve and any(map(needs_trials, (config.attention, config.ffn))):
-        batches = _all_but_last(model, batches, aside)
+        batches = all_but_last(model, batches, aside)
+    (found,) = observe_forms(model, batches, config, (config.ffn,), progress=progress, solve=solve)
+    candidates, fits, observation = found.candidates, found.fits, found.observation
+    if candidates and aside and config.attention is not None:
+        candidates = rank_attention(model, candidates, aside, config.attention, progress=progress)
+    if fits and aside and config.ffn is not None and observation.ffn is not None:
+        sites = observation.ffn.sites
+        fits = rank_ffns(model, sites, fits, aside, config.ffn, progress=progress)
+    return replace(found, candidates=candidates, fits=fits)
+
+
+def observe_forms(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    forms: Sequence[FFN | None],
+    *,
+    progress: bool = True,
+    solve: bool = True,
+) -> tuple[Calibrated, ...]:
+    """Calibrate once and fit the FFNs in several forms, without trials.
+
+    Args:
+        model: As for ``calibrate``, as are ``batches``, ``config`` and ``progress``.
+        batches: See there.
+        config: See there; ``ffn`` says what the first pass has to look at.
+        forms: What to fit. None fits no FFN.
+        progress: See there.
+        solve: Solve the maps. Without, only the first pass's moments are taken.
+
+    Returns:
+        One calibration a form; they share the attention maps.
+
+    Raises:
+        NBLError: As ``calibrate``.
+    """
+    _check_request(model, config)
     if config.ffn is not None and solve:
         batches = _for_several_passes(batches)
     observation = merge_across_processes(observe(model, batches, config, progress=progress))
@@ -179,15 +214,16 @@ def observe_model(
     for site in observation.sites.values():
         site.details["weights"] = [positions[w] for w in site.weights]
     candidates = fit_sites(observation, config, progress=progress) if solve else ()
-    if candidates and aside and config.attention is not None:
-        candidates = rank_attention(model, candidates, aside, config.attention, progress=progress)
-    fits = _fit_ffns(model, batches, config, observation, positions, progress) if solve else ()
-    if fits and aside and config.ffn is not None and observation.ffn is not None:
-        sites = observation.ffn.sites
-        fits = rank_ffns(model, sites, fits, aside, config.ffn, progress=progress)
-    return Calibrated(
-        observation, candidates, fits, config, sketches, _describe(model), device_of(model)
-    )
+    made = []
+    for form in forms:
+        own = replace(config, ffn=form)
+        fits = _fit_ffns(model, batches, own, observation, positions, progress) if solve else ()
+        made.append(
+            Calibrated(
+                observation, candidates, fits, own, sketches, _describe(model), device_of(model)
+            )
+        )
+    return tuple(made)
 
 
 def _fit_ffns(
@@ -241,7 +277,7 @@ def _dropouts(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
 
 
-def _all_but_last(
+def all_but_last(
     model: nn.Module, batches: Iterable[Batch], aside: list[dict[str, Any]]
 ) -> Iterator[Batch]:
     """Yield the batches but the last few, which go ``aside``; a single batch serves both ends.

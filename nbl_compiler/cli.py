@@ -89,8 +89,7 @@ def calibrate(
     )  # fmt: skip
     asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
     config = Config(linearize if attention else None, fold if asked else None, _ridge(ridge))
-    if not plan.parent.is_dir():
-        raise ConfigError(f"the folder {plan.parent} does not exist")
+    _check_folder(plan)
     loaded, tokenizer = load_causal(model, dtype, device)
     documents = TextSource(text, split, column).documents()
     batches = token_batches(documents, tokenizer, tokens=tokens, length=length, batch=batch)
@@ -100,6 +99,50 @@ def calibrate(
         _print_json({"plan": str(plan), "digest": made.digest, **made.header()})
     else:
         console.print(str(made), highlight=False, markup=False)
+        console.print(f"written to {plan}")
+
+
+@app.command(name="plan")
+def plan_for_budget(
+    model: Model,
+    plan: PlanFile,
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "train",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
+    max_loss: Annotated[str | None, typer.Option(help="Most loss of perplexity, as 2%.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Speed-up to reach, as 1.5.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the cache, or in the prompt.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 1,
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the front, as front.svg.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan within a loss, or the best of a speed, and write it."""
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.planning.budget import Budget
+    from nbl_compiler.planning.plan_for_budget import plan as run
+    from nbl_compiler.text import TextSource, token_batches
+
+    budget = Budget(_share(max_loss), speedup, context, batch, phase)  # type: ignore[arg-type]
+    _check_folder(plan)
+    if plot is not None:
+        _check_folder(plot)
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    front = run(
+        loaded, token_batches(documents, tokenizer, tokens=tokens), budget, progress=not quiet
+    )
+    front.plan.save(plan)
+    if plot is not None:
+        front.save_plot(plot)
+    if as_json:
+        _print_json({"plan": str(plan), **front.as_json()})
+    else:
+        console.print(front.table(), highlight=False, markup=False)
         console.print(f"written to {plan}")
 
 
@@ -119,7 +162,7 @@ def explain(
 
     from nbl_compiler.explanation import explain as run
     from nbl_compiler.models import load_causal
-    from nbl_compiler.plan import Plan
+    from nbl_compiler.plans import Plan
 
     loaded, _ = load_causal(model)
     loaded.set_attn_implementation(attention)
@@ -163,7 +206,7 @@ def evaluate(
     """Quality of a plan against the dense model, on text you name."""
     from nbl_compiler.evaluation.evaluate_plan import evaluate_plan
     from nbl_compiler.models import load_causal
-    from nbl_compiler.plan import Plan
+    from nbl_compiler.plans import Plan
     from nbl_compiler.text import TextSource
 
     lengths = _numbers(length)
@@ -199,7 +242,7 @@ def generate(
     from nbl_compiler.generate import greedy
     from nbl_compiler.kv_cache import cache
     from nbl_compiler.models import load_causal
-    from nbl_compiler.plan import Plan
+    from nbl_compiler.plans import Plan
 
     loaded, tokenizer = load_causal(model, dtype, device)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
@@ -233,7 +276,7 @@ def bench(
     from nbl_compiler import speed
     from nbl_compiler.cost import measure_machine
     from nbl_compiler.models import hidden_size, load_causal
-    from nbl_compiler.plan import Plan
+    from nbl_compiler.plans import Plan
     from nbl_compiler.speed_table import as_rows, speed_table
 
     loaded, _ = load_causal(model, dtype, device)
@@ -295,6 +338,26 @@ def minify(
     else:
         for result in results:
             console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_folder(file: Path) -> None:
+    """Raise before the work starts, rather than when its result cannot be written."""
+    from nbl_compiler.errors import ConfigError
+
+    if not file.parent.is_dir():
+        raise ConfigError(f"the folder {file.parent} does not exist")
+
+
+def _share(text: str | None) -> float | None:
+    """Return a share given as ``2%`` or ``0.02``."""
+    from nbl_compiler.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ConfigError(f"{text!r} is no share: give 2% or 0.02") from None
 
 
 def _layers(text: str | None) -> tuple[int | str, ...] | None:

@@ -17,7 +17,8 @@ GUARDS: tuple[str, ...] = get_args(Guard)
 PREDICTORS: tuple[str, ...] = get_args(Predictor)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Tell whether an option is a number (``True`` is none)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -31,7 +32,7 @@ def _check_selection(
         raise ConfigError(f"{kind}: give either `count` or `layers`, not both")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise ConfigError(f"{kind}: count={count!r} must be an integer of at least 0")
-    if max_nmse is not None and not (_is_number(max_nmse) and max_nmse > 0):
+    if max_nmse is not None and not (is_number(max_nmse) and max_nmse > 0):
         raise ConfigError(f"{kind}: max_nmse={max_nmse!r} must be positive")
     for layer in layers or ():
         if isinstance(layer, bool) or not isinstance(layer, int | str):
@@ -160,13 +161,13 @@ class FFN:
         _check_selection("FFN", self.count, self.layers, self.max_nmse)
         if self.rank_by not in ("loss", "nmse"):
             raise ConfigError(f"FFN: rank_by={self.rank_by!r} must be 'loss' or 'nmse'")
-        if not (_is_number(self.keep) and 0 <= self.keep <= 1):
+        if not (is_number(self.keep) and 0 <= self.keep <= 1):
             raise ConfigError(f"FFN: keep={self.keep!r} must lie in [0, 1]")
         if self.guard not in GUARDS:
             raise ConfigError(f"FFN: guard={self.guard!r} must be 'off', 'predicted' or 'exact'")
-        if self.capacity is not None and not (_is_number(self.capacity) and 0 < self.capacity <= 1):
+        if self.capacity is not None and not (is_number(self.capacity) and 0 < self.capacity <= 1):
             raise ConfigError(f"FFN: capacity={self.capacity!r} must lie in (0, 1]")
-        if not (_is_number(self.coverage) and 0 < self.coverage <= 1):
+        if not (is_number(self.coverage) and 0 < self.coverage <= 1):
             raise ConfigError(f"FFN: coverage={self.coverage!r} must lie in (0, 1]")
         if self.predictor not in PREDICTORS:
             raise ConfigError(
@@ -225,9 +226,9 @@ class Config:
             raise ConfigError(f"Config: attention={self.attention!r} must be nbl.Attention(...)")
         if self.ffn is not None and not isinstance(self.ffn, FFN):
             raise ConfigError(f"Config: ffn={self.ffn!r} must be nbl.FFN(...)")
-        if self.ridge != "auto" and not (_is_number(self.ridge) and 0 <= self.ridge < inf):
+        if self.ridge != "auto" and not (is_number(self.ridge) and 0 <= self.ridge < inf):
             raise ConfigError(f"Config: ridge={self.ridge!r} must be 'auto' or at least 0")
-        if not (_is_number(self.holdout) and 0 <= self.holdout <= 0.5):
+        if not (is_number(self.holdout) and 0 <= self.holdout <= 0.5):
             raise ConfigError(f"Config: holdout={self.holdout!r} must lie in [0, 0.5]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"Config: seed={self.seed!r} must be an integer")

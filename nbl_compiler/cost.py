@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
 from nbl_compiler.lowering.streamed_linear import streamed_linear
+from nbl_compiler.lowering.value_states import carried_states, value_states
 from nbl_compiler.passes.graph_tools import argument, example_value, is_call
 
 _ATTENTION = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
@@ -101,6 +102,8 @@ def graph_cost(graph_module: GraphModule) -> Cost:
 def _work(node: Node) -> Work | None:
     if is_call(node, {torch.ops.nbl.guarded_ffn.default}):
         return _guarded_work(node)
+    if is_call(node, {value_states, carried_states}):
+        return _states_work(node)
     out = example_value(node)
     if not isinstance(out, Tensor):
         return None
@@ -144,6 +147,21 @@ def _guarded_work(node: Node) -> Work:
         (site.selected if few else site.neurons) * _int(w.shape[1]) for w in gathered
     )
     return Work(node.name, 2 * tokens * int(per_token), read + 2 * _bytes(x), streamed=few)
+
+
+def _states_work(node: Node) -> Work:
+    """Value states: averages read all rows in reach, taps as many as they take."""
+    values: Any = map_arg(node.args, example_value)  # type: ignore[arg-type]
+    made = example_value(node)
+    out = made[0] if isinstance(made, tuple) else made
+    assert isinstance(out, Tensor)
+    if is_call(node, {carried_states}):
+        return Work(node.name, 0, sum(map(_bytes, (values[0], *values[2:4], out))))
+    rows, averages = values[0], values[4]
+    if not averages:
+        return Work(node.name, 0, 2 * _bytes(out))
+    single = _int(values[2].shape[1]) == 1  # one product with two weights a row
+    return Work(node.name, 4 * _int(rows.numel()) if single else 0, _bytes(rows) + _bytes(out))
 
 
 def _copies(node: Node, operands: list[Tensor], out: Tensor) -> bool:

@@ -16,7 +16,7 @@ from nbl_compiler.cost import measure_machine
 from nbl_compiler.evaluation.perplexity import evaluation_rows, perplexity
 from nbl_compiler.generate import greedy
 from nbl_compiler.models import hidden_size, load_causal
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.resident import release, resident_bytes
 from nbl_compiler.text import python_docs_parts, token_batches
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.observe import Observation
-from nbl_compiler.plan import Plan
 from nbl_compiler.plan_file import from_bytes, to_bytes
+from nbl_compiler.plans import Plan
 from nbl_compiler.several_processes import several_processes
 from nbl_compiler.solvers.moments import Moments
 

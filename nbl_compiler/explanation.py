@@ -23,7 +23,7 @@ from nbl_compiler.html_report.page import save_page
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.report import number, plain, render
 from nbl_compiler.site_rows import SiteRow, Snapshots, site_rows
 from nbl_compiler.site_timing import time_sites

@@ -11,7 +11,7 @@ from nbl_compiler.ffn.guarded import restore
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import RecallStage, Stage
 from nbl_compiler.guard_counters import GuardCounts, read
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.registry import check_weights
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.text_pass import observe_again

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.value_states import States, states_of
 
 if TYPE_CHECKING:

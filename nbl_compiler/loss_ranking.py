@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from nbl_compiler.config import FFN, Attention
@@ -64,11 +64,11 @@ def rank_attention(
     natural = few_rows(model, list(batches))
     plain = [part for part in natural if can_be_edited(part)]
     edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
-    maps = {c.name: _linear(c.fit.weight, c.fit.bias) for c in candidates}
+    maps = {c.name: linear_map(c) for c in candidates}
     states = {c.name: c.states for c in candidates}
     residual = options.input == "residual"
     trial = Trial(model, maps, (natural, *edited), residual=residual, states=states)
-    return _ranked(candidates, trial, list(maps), options, progress)
+    return _ranked(candidates, trial, maps, options, progress)
 
 
 def rank_ffns(
@@ -98,7 +98,7 @@ def rank_ffns(
         return tuple(fits)
     folded = {name: folded_ffn(sites[name].weights, fit) for name, fit in able.items()}
     trial = Trial(model, folded, (few_rows(model, list(batches)),), residual=False)
-    return _ranked(fits, trial, list(able), options, progress)
+    return _ranked(fits, trial, folded, options, progress)
 
 
 def greedy_order(
@@ -125,18 +125,19 @@ def greedy_order(
 def _ranked(
     found: Sequence[Ranked],
     trial: Trial,
-    names: Sequence[str],
+    stand_ins: Mapping[str, StandIn],
     options: Attention | FFN,
     progress: bool,
 ) -> tuple[Ranked, ...]:
-    """Try the named ones and return all, those with their place and their disturbance alone."""
+    """Try those with a stand-in and return all, with their place and their disturbance alone."""
+    names = list(stand_ins)
     depth = min(wanted_count(len(names), options), len(names))
     total = len(names) + max(depth - 1, 0) * COMPETITORS
     with torch.no_grad(), tqdm(total=total, desc="ranking", disable=not progress) as bar:
 
         def disturbance(active: Sequence[str]) -> float:
             bar.update(1)
-            return trial(frozenset(active))
+            return trial({name: stand_ins[name] for name in active})
 
         alone = {name: disturbance([name]) for name in names}
         places = {n: place for place, n in enumerate(greedy_order(alone, depth, disturbance))}
@@ -149,5 +150,7 @@ def _ranked(
     )
 
 
-def _linear(weight: Tensor, bias: Tensor) -> StandIn:
+def linear_map(candidate: Candidate) -> StandIn:
+    """Return a candidate's map, of its x with its value states."""
+    weight, bias = candidate.fit.weight, candidate.fit.bias
     return lambda x: F.linear(x, weight.to(x.device, x.dtype), bias.to(x.device, x.dtype))

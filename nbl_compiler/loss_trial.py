@@ -11,7 +11,7 @@ the site's stand-in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,42 +33,50 @@ StandIn = Callable[[Tensor], Tensor]
 
 
 class Trial:
-    """The dense model, and stand-ins for its sites that can be switched on together.
+    """The dense model, whose sites can be replaced by stand-ins.
 
     Args:
         model: The dense model.
-        stand_ins: Site name → what would replace it.
+        sites: Names of the sites that may be replaced.
         kinds: Kinds of text, each as parts of batches; the worst kind counts.
         residual: Whether attention's stand-ins read the residual stream.
-        states: Site name → the value states that its stand-in reads besides.
+        states: Site name → the value states that its stand-ins get besides.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        stand_ins: Mapping[str, StandIn],
+        sites: Iterable[str],
         kinds: Sequence[Sequence[Part]],
         *,
         residual: bool,
         states: Mapping[str, States] | None = None,
     ) -> None:
-        self._stand_ins, self._residual = dict(stand_ins), residual
+        self._sites, self._residual = frozenset(sites), residual
         self._states = dict(states or {})
-        self._active: frozenset[str] = frozenset()
+        self._active: Mapping[str, StandIn] = {}
         self._kinds = kinds
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
         self._dense: dict[int, Tensor] = {}
         self._predicts = True
 
-    def __call__(self, active: frozenset[str]) -> float:
-        """Return the disturbance of these sites' stand-ins together, on the worst kind of text.
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether disturbances are divergences in nats, rather than relative squared errors."""
+        return self._predicts
+
+    def __call__(self, active: Mapping[str, StandIn]) -> float:
+        """Return the disturbance of some sites' stand-ins together, on the worst kind of text.
+
+        Args:
+            active: Site name → what stands in for it; all others are dense.
 
         Raises:
             ConfigError: if the model returns no tensor.
         """
         if not self._dense:
-            self._active = frozenset()
+            self._active = {}
             self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
         self._active = active
         return max(map(self._disturbance, self._kinds))
@@ -88,8 +96,7 @@ class Trial:
 
     def release(self) -> None:
         """Let go of stand-ins and predictions: Dynamo's cache may outlive this object's use."""
-        self._stand_ins.clear()
-        self._dense = {}
+        self._active, self._dense = {}, {}
 
     def _said(self, part: Part) -> Tensor:
         """Return log-probabilities [n, V], or the rows of the main output [n, d]."""
@@ -121,11 +128,12 @@ class Trial:
     def _insert_switch(
         self, graph_module: GraphModule, site: str, source: Node, output: Node
     ) -> None:
-        if site not in self._stand_ins:
+        if site not in self._sites:
             return
 
         def switch(x: Tensor, y: Tensor) -> Tensor:
-            return self._stand_ins[site](x).to(y.dtype) if site in self._active else y
+            stand_in = self._active.get(site)
+            return y if stand_in is None else stand_in(x).to(y.dtype)
 
         users = list(output.users)
         with graph_module.graph.inserting_after(output):

@@ -14,7 +14,7 @@ from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.lowering.lower import LOWERINGS, mode_options
 from nbl_compiler.passes.base import Pass
 from nbl_compiler.passes.extension import check_passes
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 _FROM_ENVIRONMENT = {"dump_dir": "NBL_DUMP", "dump_inputs": "NBL_DUMP_INPUTS"}
 

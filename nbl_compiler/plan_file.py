@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nbl_compiler.errors import ConfigError, PlanFormatError
 from nbl_compiler.fingerprint import Sketch
-from nbl_compiler.plan import INPUT_STATISTICS, Plan, Site, from_json, to_json
+from nbl_compiler.plans import INPUT_STATISTICS, Plan, Site, from_json, to_json
 from nbl_compiler.value_states import states_of
 
 VERSION = 2

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nbl_compiler.errors import PlanMismatchError
 from nbl_compiler.fingerprint import Sketch, find_stranger
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → plan
 _compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → code objects of its graphs

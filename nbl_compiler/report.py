@@ -7,7 +7,7 @@ import math
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 
 def render(*parts: RenderableType, width: int = 110) -> str:

@@ -22,7 +22,7 @@ from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.released_weights import is_released, mark_released, refuse_released
 from nbl_compiler.user_errors import reported_by_dynamo
 

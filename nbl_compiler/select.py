@@ -18,7 +18,7 @@ from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.monitoring.statistics import input_statistics
 from nbl_compiler.observe import Observation, SiteMoments
 from nbl_compiler.passes.base import Rejected
-from nbl_compiler.plan import Decision, Site
+from nbl_compiler.plans import Decision, Site
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 from nbl_compiler.solvers.moments import Moments
@@ -26,6 +26,8 @@ from nbl_compiler.value_states import NO_STATES, States, split_weight
 
 # A vector of state has to lower the held-out error by this fraction: below, it is noise.
 PRICE_OF_A_STATE = 0.002
+# Errors below this are rounding, of which no state can be said to lower it.
+NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def decide(
     scores = {c.name: c.cca_bound for c in candidates} if attention.rank_by == "cca" else holdout
     order, rank_by = _ordered(scores, {c.name: c.loss_rank for c in candidates}, attention)
     chosen = choose(holdout, order, attention, rank_by)
-    sites = [_site(c, *chosen[c.name]) for c in candidates]
+    sites = [attention_site(c, *chosen[c.name]) for c in candidates]
     sites += [
         Site(name, "attention", "rejected", why.reason)
         for name, why in rejected.items()
@@ -94,29 +96,29 @@ def decide_ffn(
     ranks = {fit.name: fit.loss_rank for fit in fits if not fit.refusal}
     order, rank_by = _ordered(able, ranks, options)
     chosen = choose(pool, order, options, rank_by)
-    sites = []
-    for fit in fits:
-        done, reason = chosen.get(fit.name, (False, ""))
-        decision: Decision = "rewritten" if done and not fit.refusal else "kept"
-        sites.append(
-            Site(
-                fit.name,
-                "ffn",
-                "rejected" if fit.refusal else decision,
-                fit.refusal or reason,
-                fit.nmse,
-                fit.holdout_nmse,
-                tensors=fit.tensors if decision == "rewritten" else {},
-                details=fit.details,
-                inputs=fit.inputs if decision == "rewritten" else {},
-            )
-        )
+    sites = [ffn_site(fit, *chosen.get(fit.name, (False, ""))) for fit in fits]
     sites += [
         Site(name, "ffn", "rejected", why.reason)
         for name, why in rejected.items()
         if name not in every
     ]
     return tuple(sites)
+
+
+def ffn_site(fit: FFNFit, replace: bool, reason: str) -> Site:
+    """Return a site with its fit, or left as it is; one that cannot be folded is rejected."""
+    decision: Decision = "rewritten" if replace and not fit.refusal else "kept"
+    return Site(
+        fit.name,
+        "ffn",
+        "rejected" if fit.refusal else decision,
+        fit.refusal or reason,
+        fit.nmse,
+        fit.holdout_nmse,
+        tensors=fit.tensors if decision == "rewritten" else {},
+        details=fit.details,
+        inputs=fit.inputs if decision == "rewritten" else {},
+    )
 
 
 def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
@@ -149,7 +151,7 @@ def _fit_states(
             kept |= columns >= width + seen.taps * each
         some = columns[kept]
         fit = fit_linear(train.of_inputs(some), holdout.of_inputs(some), config.ridge)
-        cost = fit.holdout_nmse * (1 + PRICE_OF_A_STATE * states.vectors)
+        cost = (fit.holdout_nmse + NEGLIGIBLE) * (1 + PRICE_OF_A_STATE * states.vectors)
         if best is None or cost < best[0]:
             best = (cost, states, fit)
     assert best is not None
@@ -264,7 +266,8 @@ def wanted_count(sites: int, options: Attention | FFN) -> int:
     return sites if options.max_nmse is not None else math.ceil(sites / 4)
 
 
-def _site(candidate: Candidate, replace: bool, reason: str) -> Site:
+def attention_site(candidate: Candidate, replace: bool, reason: str) -> Site:
+    """Return a site with its candidate's map, or left as it is."""
     fit = candidate.fit
     tensors = {}
     width, states = candidate.details.get("width_in", fit.weight.shape[1]), candidate.states

@@ -17,7 +17,7 @@ from nbl_compiler.passes.graph_tools import example_value, shape_of
 from nbl_compiler.passes.pipeline import PassRun
 from nbl_compiler.passes.site_lookup import find_site
 from nbl_compiler.passes.sites import AttentionMatch, load_matches
-from nbl_compiler.plan import Kind, Plan
+from nbl_compiler.plans import Kind, Plan
 
 State = Literal["rewritten", "left dense", "rejected"]
 _MATCHERS = ("match_attention", "match_ffn")

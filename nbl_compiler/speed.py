@@ -19,7 +19,7 @@ from torch import Tensor
 from nbl_compiler.cost import Machine
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.kv_cache import cache, cache_bytes
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.timing import Timing, interleaved
 
 
@@ -180,18 +180,18 @@ def _decode_call(
         for _ in range(steps):
             contender.forward(input_ids=token, past_key_values=kv)
 
-    set_up(kv, contender, token)
+    set_up(kv, contender.forward, token.shape[0])
     return run
 
 
-def set_up(kv: Any, contender: Contender, token: Tensor) -> None:
-    """Allocate the layers of a static cache (outside compiled code, as generate does)."""
-    config = _config(contender).get_text_config()
+def set_up(kv: Any, model: Any, batch: int) -> None:
+    """Allocate the layers of a model's static cache (outside compiled code, as generate does)."""
+    config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = next(contender.forward.parameters()).dtype  # type: ignore[attr-defined]
+    weight = next(model.parameters())
     kv.early_initialization(
-        batch_size=token.shape[0], num_heads=heads, head_dim=width, dtype=dtype, device=token.device
+        batch_size=batch, num_heads=heads, head_dim=width, dtype=weight.dtype, device=weight.device
     )
 
 
@@ -203,10 +203,6 @@ def set_length(kv: Any, length: int) -> None:
         layer.cumulative_length.fill_(min(length, layer.max_cache_len - 1))
         if not getattr(layer, "is_sliding", False):
             layer.cumulative_length.fill_(length)
-
-
-def _config(contender: Contender) -> Any:
-    return contender.forward.config  # type: ignore[attr-defined]
 
 
 def _device(pair: tuple[Contender, Contender]) -> torch.device:

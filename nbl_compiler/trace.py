@@ -18,7 +18,7 @@ from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
 from nbl_compiler.passes.pipeline import PassRun
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 _log = logging.getLogger(__name__)
 

@@ -89,17 +89,19 @@ def _edited(part: Part, ids: Tensor, first: int) -> Part:
     return Part(inputs, lambda _: chosen)
 
 
-def few_rows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Part]:
-    """Return inputs of about ``TRIAL_TOKENS`` tokens, and which positions to compare."""
-    left = TRIAL_TOKENS
+def few_rows(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], tokens: int = TRIAL_TOKENS
+) -> list[Part]:
+    """Return inputs of about as many tokens, and which positions to compare."""
+    left, compared = tokens, TRIAL_POSITIONS * tokens / TRIAL_TOKENS
     parts: list[Part] = []
     sizes = [_main(batch).shape[:2] for batch in batches]
-    total = min(sum(shape.numel() for shape in sizes), TRIAL_TOKENS)
+    total = min(sum(shape.numel() for shape in sizes), tokens)
     for batch, shape in zip(batches, sizes, strict=True):
         rows = min(max(left // max(shape[1], 1), 0 if parts else 1), shape[0])
         if rows:
             share = rows * shape[1] / max(total, 1)
-            parts.append(_part(model, batch, rows, max(int(TRIAL_POSITIONS * share), 1)))
+            parts.append(_part(model, batch, rows, max(int(compared * share), 1)))
             left -= rows * shape[1]
     return parts
 

@@ -60,6 +60,20 @@ def test_calibrate_folds_ffns_as_well(monkeypatch, capsys, folder, tmp_path):
     assert len(plan.sites) == 8
 
 
+def test_plan_writes_what_the_budget_picks(monkeypatch, capsys, folder, tmp_path):
+    path, plot = tmp_path / "plan.safetensors", tmp_path / "front.svg"
+    words = ("--max-loss", "30%", "--context", 64, "--tokens", 2048, "--plot", plot, "--json")
+    status, out, err = call(monkeypatch, capsys, "plan", folder, path, *words, "--quiet")
+    assert status == 0, err
+    report = json.loads(out)
+    plan = Plan.load(path)
+    assert report["digest"] == plan.digest
+    chosen = report["points"][report["chosen"]]
+    assert chosen["loss"] <= 0.3
+    assert sorted(chosen["choices"]) == sorted(site.name for site in plan.rewritten)
+    assert plot.read_text().startswith("<?xml")
+
+
 def test_calibrate_can_leave_attention_alone(monkeypatch, capsys, folder, tmp_path):
     path = tmp_path / "plan.safetensors"
     words = ("--no-attention", "--ffn-count", 1, "--guard", "predicted", "--capacity", 0.2)
@@ -138,6 +152,9 @@ def test_explain_writes_a_report_to_open(monkeypatch, capsys, folder, tmp_path):
         (("calibrate", "{folder}", "{tmp}/p", "--ridge", "much"), "neither 'auto' nor a number"),
         (("calibrate", "{folder}", "{tmp}/p", "--count", "9", "--quiet"), "count=9 exceeds"),
         (("calibrate", "{folder}", "{tmp}/p", "--dtype", "float9"), "unknown"),
+        (("plan", "{folder}", "{tmp}/p", "--max-loss", "much"), "'much' is no share: give 2%"),
+        (("plan", "{folder}", "{tmp}/p"), "give either max_loss or speedup"),
+        (("plan", "{folder}", "{tmp}/none/p", "--speedup", "2"), "does not exist"),
         (("eval", "{folder}", "{tmp}/missing.safetensors"), "no plan at"),
         (("bench", "{folder}", "{folder}/model.safetensors"), "holds no nbl plan"),
     ],
@@ -154,8 +171,8 @@ def test_a_users_mistake_is_one_line_and_status_one(
 
 
 def test_every_command_has_help(monkeypatch, capsys):
-    for command in ("calibrate", "explain", "eval", "generate", "bench", "demo"):
+    for command in ("calibrate", "plan", "explain", "eval", "generate", "bench", "demo"):
         status, out, _ = call(monkeypatch, capsys, command, "--help")
         assert status == 0
         assert "Usage" in out
-        assert PYTHON_DOCS in out or command not in ("calibrate", "eval")
+        assert PYTHON_DOCS in out or command not in ("calibrate", "plan", "eval")

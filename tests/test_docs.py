@@ -62,6 +62,16 @@ def test_what_a_plan_costs(folder: Path) -> None:
     assert [row.length for row in ran["found"].lengths] == [64, 128]
 
 
+def test_value_states_and_planning() -> None:
+    model = tiny(layers=2)
+    batches = [text(batch=8, length=64, seed=seed) for seed in range(4)]
+    ran = execute(blocks("docs/value-states.md"), nbl=nbl, model=model, batches=batches)
+    assert {"weight", "bias"} < set(ran["site"].tensors)
+    assert len(ran["cache"].layers) == 2
+    ran = execute(blocks("docs/planning.md"), nbl=nbl, model=model, batches=batches)
+    assert len(ran["cheaper"].rewritten) == 1
+
+
 def test_the_readme_s_ten_lines(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,7 @@ def test_what_trials_keep_from_the_fit(rows):
     """Batches of 64 tokens a row: enough for the trials, and a fifth of the text at most."""
     model, aside = make("llama", layers=1), []
     batches = [torch.ones(count, 64, dtype=torch.long) for count in rows]
-    fitted = list(calibration._all_but_last(model, iter(batches), aside))
+    fitted = list(calibration.all_but_last(model, iter(batches), aside))
     kept = sum(batch["input_ids"].numel() for batch in aside)
     total = 64 * sum(rows)
     if len(rows) == 1:

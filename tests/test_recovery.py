@@ -27,7 +27,7 @@ import nbl_compiler as nbl
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.errors import NBLWarning
 from nbl_compiler.observe import Observation, Observer
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 # Float32 rounding of a whole tiny model, relative to its largest output.
 LOGIT_TOLERANCE = 3e-5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nbl_compiler as nbl
 from nbl_compiler.errors import ConfigError, NBLError, WeightsReleasedError
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 
 def subject(guard: str = "off") -> tuple[nn.Module, Plan, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 
 def dropping(plan: Plan) -> Plan:

@@ -20,7 +20,7 @@ from nbl_compiler.evaluation.generation import Generation, compare_generation
 from nbl_compiler.evaluation.perplexity import Row, perplexity, rows_of_documents
 from nbl_compiler.evaluation.tasks import run_tasks
 from nbl_compiler.evaluation.token_losses import TokenLosses, token_losses
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.text_pass import device_of
 
 # With fewer documents than this an interval over documents means nothing; rows are drawn then.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.progress import token_bar
 from nbl_compiler.text import opened_rows
 

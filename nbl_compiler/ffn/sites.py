@@ -54,7 +54,7 @@ class FFNFit:
         name: Name of the site.
         nmse: Training NMSE of y.
         holdout_nmse: NMSE on held-out rows (training rows without any).
-        tensors: What the plan stores (see ``nbl_compiler.plan.Site``).
+        tensors: What the plan stores (see ``nbl_compiler.plans.Site``).
         details: Plain facts for the plan.
         refusal: Why this site cannot be folded as asked, or an empty string.
         inputs: The distribution of x over the calibration text (``Site.inputs``).

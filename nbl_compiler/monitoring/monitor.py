@@ -17,7 +17,7 @@ from nbl_compiler.monitoring.statistics import InputSums
 from nbl_compiler.monitoring.subject import find_subject
 from nbl_compiler.monitoring.verdict import MonitorLimits, Seen, SiteTraffic, judge
 from nbl_compiler.monitoring.watch import GraphWatch, Subject
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.report import render
 
 _NAMED = 3

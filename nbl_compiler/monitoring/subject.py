@@ -11,8 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nbl_compiler import registry
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.monitoring.watch import Subject, known_graphs
-from nbl_compiler.plan import Plan
 from nbl_compiler.plan_file import load_shared
+from nbl_compiler.plans import Plan
 
 _WANTED = 'what torch.compile(model, backend="nbl") returned, the compiled model, or a plan'
 

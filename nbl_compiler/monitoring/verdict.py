@@ -8,7 +8,7 @@ from typing import Literal
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.guard_counters import GuardCounts, PerToken
-from nbl_compiler.plan import Kind, Site
+from nbl_compiler.plans import Kind, Site
 from nbl_compiler.rows import HOLDOUT_BLOCK
 
 State = Literal["fits", "drifted", "overflows", "undecided", "unknown"]

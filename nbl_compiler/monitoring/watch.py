@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nbl_compiler.identity_guard import code_being_compiled
 from nbl_compiler.monitoring.statistics import InputSums
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 _serial = count()
 

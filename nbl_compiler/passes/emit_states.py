@@ -64,6 +64,11 @@ def emit_input(
         return source
     own = {**meta, "nbl": {"site": match.site, "pass": "value_states"}}
     made = _emit_states(graph_module, match, states, own)
+    assert not isinstance(match.value_path, str)
+    inside = set(match.interior)
+    for node in Topology(graph_module).backward(match.value_path.new, lambda n: n is match.hidden):
+        if node in inside:  # the value projection is part of what the site becomes
+            node.meta = {**node.meta, "nbl": own["nbl"]}
     with graph_module.graph.inserting_before(match.output):
         return Emitter(graph_module.graph, meta).call(with_states, source, made)
 

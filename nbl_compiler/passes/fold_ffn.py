@@ -30,7 +30,7 @@ from nbl_compiler.passes.ffn_weights import ffn_weights, parameter_value
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.solvers.folding import FFNWeights
 

@@ -22,7 +22,7 @@ from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.value_states import States, states_of
 
 

@@ -23,7 +23,7 @@ from nbl_compiler.passes.match_attention import MatchAttention
 from nbl_compiler.passes.match_ffn import MatchFFN
 from nbl_compiler.passes.stream_products import StreamProducts
 from nbl_compiler.passes.watch_inputs import WatchInputs
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 
 def build_pipeline(

@@ -15,7 +15,7 @@ from nbl_compiler.passes.base import PassReport, Rejected, source_line
 from nbl_compiler.passes.ffn_sites import FFNMatch
 from nbl_compiler.passes.site_lookup import find_site
 from nbl_compiler.passes.sites import AttentionMatch
-from nbl_compiler.plan import Kind, Plan, Site
+from nbl_compiler.plans import Kind, Plan, Site
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,7 +15,7 @@ from nbl_compiler.fingerprint import find_stranger
 from nbl_compiler.passes.ffn_sites import FFNMatch
 from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.sites import AttentionMatch
-from nbl_compiler.plan import Kind, Plan, Site
+from nbl_compiler.plans import Kind, Plan, Site
 
 
 def find_site(plan: Plan, match: AttentionMatch | FFNMatch, kind: Kind) -> Site | None:

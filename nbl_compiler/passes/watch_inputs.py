@@ -28,7 +28,7 @@ from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import example_value, is_call, shape_of
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.sites import load_linearized
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 _REWRITES = ("linearize_attention", "fold_ffn")
 

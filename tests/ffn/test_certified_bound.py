@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import nbl_compiler as nbl
-from nbl_compiler.plan import Site
+from nbl_compiler.plans import Site
 
 WIDTH, NEURONS = 8, 24
 ACTIVATIONS: dict[str, nn.Module] = {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers.surgery import linearize_by_surgery
 from torch import Tensor, nn
 
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import nbl_compiler as nbl
 from nbl_compiler import GuardCounts
 from nbl_compiler.lowering.predictors import NORM_SLACK
-from nbl_compiler.plan import Site
+from nbl_compiler.plans import Site
 
 KEEP = 0.25
 FOLDED = NEURONS - round(KEEP * NEURONS)

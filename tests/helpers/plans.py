@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbl_compiler.fingerprint import sketch
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.value_states import NO_STATES, States
 
 

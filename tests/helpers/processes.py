@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nbl_compiler.errors import NBLError
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 
 PROCESSES = 2
 

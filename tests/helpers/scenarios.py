@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 import nbl_compiler as nbl
 from nbl_compiler.passes.match_attention import match
-from nbl_compiler.plan import Plan
+from nbl_compiler.plans import Plan
 from nbl_compiler.value_states import NO_STATES, States
 
 LAYERS = 2  # one linearized, one that attends to a cache

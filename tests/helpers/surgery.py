@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.naive_states import captured_attention, naive_states
 from torch import Tensor, nn
 
-from nbl_compiler.plan import Plan, Site
+from nbl_compiler.plans import Plan, Site
 from nbl_compiler.value_states import states_of
 
 

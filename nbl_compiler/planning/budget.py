@@ -1,0 +1,97 @@
+"""What a planned model shall reach, and which settings may be used for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from nbl_compiler.config import FFN, Attention, Ridge, is_number
+from nbl_compiler.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either a loss that must not be exceeded, or a speed-up to reach.
+
+    Args:
+        max_loss: Largest relative increase of perplexity, 0.02 for 2 %: the fastest plan within it
+            is chosen.
+        speedup: Speed-up over the dense model compiled by Inductor, predicted from bytes and
+            arithmetic: the plan that loses least is chosen.
+        context: Tokens in the KV cache of the step that is to be fast; of the prompt for
+            ``phase="prefill"``.
+        batch: Number of sequences.
+        phase: ``"decode"`` (one token a sequence) or ``"prefill"``.
+
+    Raises:
+        ConfigError: unless exactly one of ``max_loss`` and ``speedup`` is given, and in range.
+    """
+
+    max_loss: float | None = None
+    speedup: float | None = None
+    context: int = 2048
+    batch: int = 1
+    phase: Literal["decode", "prefill"] = "decode"
+
+    def __post_init__(self) -> None:
+        if (self.max_loss is None) == (self.speedup is None):
+            raise ConfigError("Budget: give either max_loss or speedup, not both")
+        if self.max_loss is not None and not (is_number(self.max_loss) and 0 < self.max_loss < inf):
+            raise ConfigError(
+                f"Budget: max_loss={self.max_loss!r} must be positive: 0.02 is 2 % of perplexity"
+            )
+        if self.speedup is not None and not (is_number(self.speedup) and 1 < self.speedup < inf):
+            raise ConfigError(f"Budget: speedup={self.speedup!r} must exceed 1")
+        for name in ("context", "batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"Budget: {name}={value!r} must be an integer of at least 1")
+        if self.phase not in ("decode", "prefill"):
+            raise ConfigError(f"Budget: phase={self.phase!r} must be 'decode' or 'prefill'")
+
+
+def _default_ffns() -> tuple[FFN, ...]:
+    return (
+        FFN(keep=0.5),
+        FFN(keep=0.25),
+        FFN(keep=0.0, guard="predicted", capacity=0.3, values="predicted"),
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """The settings that a planner chooses from.
+
+    Args:
+        attention: How attention is linearized where it is, or None to leave it alone. Which sites
+            is the planner's choice: ``count``, ``layers``, ``max_nmse`` and ``rank_by`` must be
+            left as they are.
+        ffns: Forms of folded FFNs, likewise; each site may take another. Empty to leave FFNs alone.
+        ridge: As in ``Config``, as are ``holdout`` and ``seed``.
+        holdout: See there.
+        seed: See there.
+
+    Raises:
+        ConfigError: if there is nothing to choose from, or options say which sites to take.
+    """
+
+    attention: Attention | None = field(default_factory=lambda: Attention(taps=1))
+    ffns: tuple[FFN, ...] = field(default_factory=_default_ffns)
+    ridge: Ridge = "auto"
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ffns", tuple(self.ffns))
+        given: list[Attention | FFN] = [*self.ffns]
+        if self.attention is not None:
+            given.append(self.attention)
+        if not given:
+            raise ConfigError("Space: give attention or at least one FFN form to choose from")
+        for one in given:
+            if one.count is not None or one.layers is not None or one.max_nmse is not None:
+                raise ConfigError(
+                    f"Space: {type(one).__name__} says which sites to take (count, layers or "
+                    "max_nmse); that is what the planner chooses"
+                )
