@@ -39,8 +39,9 @@ format: $(STAMP)  ## Apply the style
 typecheck: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
-bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt
-	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
+bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt TAPS=1
+	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL)) \
+		$(if $(TAPS),--taps $(TAPS))
 
 bench-speed: $(STAMP)  ## Prefill and decode against dense Inductor, random weights in the shape of Qwen2.5-0.5B
 	$(BIN)/python benchmarks/model_speed.py

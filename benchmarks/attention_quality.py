@@ -1,9 +1,10 @@
-"""Perplexity after linearizing m attention layers: NBL here, and dropping the same layers.
+"""Perplexity after linearizing m attention layers: NBL here, as published, and dropping layers.
 
     python benchmarks/attention_quality.py --text calibration.jsonl --eval-text held_out.txt
 
 One calibration serves every m. Perplexity is taken at 512 tokens, float32, on text that
-calibration never saw.
+calibration never saw. ``--paper`` adds the published recipe (arXiv 2505.21077: the residual stream
+as input, the order of the CCA bound, no ridge), which takes a calibration of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,10 +38,11 @@ def main() -> None:
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
     parser.add_argument("--taps", type=int, default=0)
+    parser.add_argument("--paper", action="store_true", help="also the published recipe")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
-    batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
+    batches = list(token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens))
     counts = [int(item) for item in args.counts.split(",")]
     attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by, taps=args.taps)
     calibrated = observe_model(model, batches, Config(attention=attention))
@@ -48,24 +51,36 @@ def main() -> None:
     def measure(plan: Plan) -> float:
         return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
 
+    published = None
+    if args.paper:
+        recipe = Attention(count=max(counts), input="residual", rank_by="cca")
+        published = observe_model(model, batches, Config(attention=recipe, ridge=0.0))
     dense = measure(Plan())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in counts:
         plan = calibrated.plan(replace(attention, count=count))
-        ours, dropped = measure(plan), measure(dropping(plan))
-        rows.append({"m": count, "nbl": ours, "dropped": dropped, "dense": dense,
-                     "layers": [s.name for s in plan.rewritten]})  # fmt: skip
+        row: dict[str, Any] = {
+            "m": count,
+            "nbl": measure(plan),
+            "dropped": measure(dropping(plan)),
+            "dense": dense,
+            "layers": [site.name for site in plan.rewritten],
+        }
+        if published is not None:
+            row["published"] = measure(published.plan(replace(recipe, count=count)))
+        rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{args.model}: perplexity, dense {dense:.2f}", title_justify="left")
-    for name in ("m", "nbl", "nbl / dense", "dropped", "dropped / dense", "layers"):
+    for name in ("m", "nbl", "nbl / dense", "dropped", "dropped / dense", "published", "layers"):
         table.add_column(name, justify="right")
     every = [site.name for site in calibrated.plan().sites]
     for row in rows:
         table.add_row(
             str(row["m"]), f"{row['nbl']:.1f}", f"{row['nbl'] / dense:.3f}×",
             f"{row['dropped']:.1f}", f"{row['dropped'] / dense:.2f}×",
+            f"{row['published'] / dense:.2f}×" if published is not None else "-",
             ", ".join(str(every.index(name)) for name in row["layers"]),
         )  # fmt: skip
     Console().print(table)

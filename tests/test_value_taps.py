@@ -7,11 +7,13 @@ loop over tokens (``helpers/naive_states.py``); it never uses a cache.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from helpers.dumping import execute, graph_folders, last_file
 from helpers.generating import BATCH, CACHE_LENGTH
 from helpers.scenarios import (
     CACHES,
@@ -63,7 +65,7 @@ def test_one_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["DynamicCache", "nbl static"])
 def test_generation_of_padded_prompts(name: str, cache: str) -> None:
     """Three rows with left padding, 32 steps: prefill and decode agree with one pass."""
     assert_equal_within_rounding(generation(name, "sdpa", cache, padded=True, states=SOME))
@@ -271,3 +273,37 @@ def test_growing_caches_keep_growing_values_only() -> None:
     assert tapped.keys.shape == tapped.values.shape
     assert tapped.keys.untyped_storage().nbytes() == tapped.keys.element_size()
     assert tapped.values.untyped_storage().nbytes() == tapped.values.numel() * 4
+
+
+def test_dumped_graphs_run_alone(tmp_path: Path) -> None:
+    """Prefill and decode with the plan's own cache, after all passes."""
+    one = subject("llama", "sdpa", states=SOME)
+    past = nbl.cache(one.model, one.plan, 16)
+    options = {"plan": one.plan, "lowering": "eager", "dump_dir": tmp_path}
+    fast = torch.compile(one.model, backend="nbl", options=options)
+    with torch.no_grad():
+        for part in text(batch=1, length=7).split((6, 1), dim=1):
+            fast(part, past_key_values=past)
+    folders = graph_folders(tmp_path)
+    assert len(folders) == 2
+    for folder in folders:
+        done = execute(last_file(folder))
+        assert done.returncode == 0, done.stderr
+    assert "carried_states(" in last_file(folders[1]).read_text()
+
+
+def test_monitored_sites_report_what_their_maps_read() -> None:
+    model = subject("llama", "sdpa").model
+    plan = nbl.calibrate(
+        model,
+        [text(seed=seed) for seed in range(3)],
+        nbl.Config(attention=nbl.Attention(layers=(0, 1), taps=1)),
+        progress=False,
+    )
+    assert all("averages" in site.tensors for site in plan.rewritten)
+    fast = compile_with(model, plan)
+    with torch.no_grad(), nbl.monitor(fast, warn=False) as monitor:
+        fast(text(seed=7), use_cache=False)
+    rows = monitor.report()
+    assert [row.site for row in rows] == [site.name for site in plan.rewritten]
+    assert all(row.tokens == text().numel() for row in rows)

@@ -22,6 +22,7 @@ _PRELUDE = {
 _OPS = {
     "torch.ops.nbl.guarded_ffn": "import nbl_compiler.lowering.guarded_ffn",
     "torch.ops.nbl.absent_kv": "import nbl_compiler.lowering.absent_kv",
+    "torch.ops.nbl.stored_states": "import nbl_compiler.lowering.value_states",
 }
 _FREES = re.compile(r";  (?:\w+ = )+None$")
 _MAIN = """

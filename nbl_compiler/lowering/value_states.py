@@ -102,7 +102,8 @@ def value_states(
     """Return what a map reads of the values.
 
     Args:
-        rows: All values in reach, [B, H, R, D]; those that no n_t reaches may be anything.
+        rows: All values in reach, [B, H, R, D]; those that no n_t reaches may be any numbers (but
+            not NaN: as in attention itself, their weight is 0).
         positions: Where the tokens of this call are among them, [T], consecutive.
         count: n_t, [B or 1, T].
         taps: Number w of earlier values.
@@ -137,14 +138,18 @@ def carried_states(
         States [B, T, (w + 2) · H · D]; and the sums after this call.
     """
     rows = joined_rows(past, values)
+    parts = _taps(rows, last_positions(rows, values), count, taps)
     own = last_positions(values, values)
     # Tokens whose document began in an earlier call carry on what was summed up there.
     carries = _column(count > own + 1)
     earlier = torch.where(carries, sums[:, :, :1] * DECAY ** (own + 1)[:, None], 0.0)
-    here = count.minimum(own + 1)
-    decaying = _decaying_sum(values, own, here) + earlier
-    plain = _sum(values, own, here) + torch.where(carries, sums[:, :, 1:], 0.0)
-    parts = _taps(rows, last_positions(rows, values), count, taps)
+    before = torch.where(carries, sums[:, :, 1:], 0.0)
+    if count.shape[1] == 1:
+        decaying, plain = values.float() + earlier, values.float() + before
+    else:
+        here = count.minimum(own + 1)
+        decaying = _decaying_sum(values, own, here) + earlier
+        plain = _sum(values, own, here) + before
     parts += [decaying / _decaying_total(count), plain / _column(count)]
     return _side_by_side(parts, values), torch.cat([decaying[:, :, -1:], plain[:, :, -1:]], 2)
 
@@ -180,9 +185,7 @@ def _averages_of_one(rows: Tensor, positions: Tensor, count: Tensor) -> list[Ten
     decayed = DECAY ** lag.clamp(min=0).float()
     weights = torch.cat([torch.where(counts, decayed, 0.0), counts.float()], 1)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
-    # Rows out of reach may hold anything, and 0 · NaN is not 0.
-    reached = torch.where(counts[..., None], rows.float(), 0.0)
-    both = weights.unsqueeze(1) @ reached
+    both = weights.unsqueeze(1) @ rows.float()
     return [both[:, :, :1], both[:, :, 1:]]
 
 
