@@ -35,14 +35,17 @@ class Calibrated:
     prompt: Tensor
 
 
-@pytest.fixture(scope="module")
-def gemma() -> Calibrated:
+def calibrated_gemma(attention: nbl.Attention) -> Calibrated:
     model, tokenizer = load_causal(GEMMA)
     batches = token_batches(python_docs_parts()[0], tokenizer, tokens=4096)
-    config = nbl.Config(attention=nbl.Attention(count=4))
-    plan = nbl.calibrate(model, batches, config, progress=False)
+    plan = nbl.calibrate(model, batches, nbl.Config(attention=attention), progress=False)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     return Calibrated(model, tokenizer, plan, linearize_by_surgery(model, plan), prompt)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Calibrated:
+    return calibrated_gemma(nbl.Attention(count=4))
 
 
 def compiled(case: Calibrated, lowering: str = "eager") -> Any:
@@ -93,16 +96,30 @@ def test_gemma_decodes_like_surgery_with_every_cache(gemma):
     assert saved == pytest.approx(4 / 18)  # at this length every layer's cache has the same size
 
 
-def test_gemma_through_inductor(gemma):
-    fast = compiled(gemma, "inductor")
-    tokens, _ = expected_tokens(gemma)
-    length = gemma.prompt.shape[1] + STEPS
+def assert_inductor_agrees_with_surgery(case: Calibrated) -> None:
+    """One pass without a cache, and greedy decoding with the plan's own."""
+    fast = compiled(case, "inductor")
+    tokens, _ = expected_tokens(case)
+    length = case.prompt.shape[1] + STEPS
     with torch.no_grad():
-        ours = fast(gemma.prompt, use_cache=False).logits
-        reference = gemma.surgery(gemma.prompt, use_cache=False).logits
+        ours = fast(case.prompt, use_cache=False).logits
+        reference = case.surgery(case.prompt, use_cache=False).logits
     torch.testing.assert_close(ours, reference, atol=LOGIT_ROUNDING, rtol=LOGIT_ROUNDING)
-    made = greedy(fast, gemma.prompt, nbl.cache(gemma.model, gemma.plan, length), STEPS)
+    made = greedy(fast, case.prompt, nbl.cache(case.model, case.plan, length), STEPS)
     assert torch.equal(made, tokens)
+
+
+def test_gemma_through_inductor(gemma):
+    assert_inductor_agrees_with_surgery(gemma)
+
+
+def test_gemma_with_value_states_through_inductor():
+    """A sliding layer and one that attends to everything, both with taps and averages."""
+    case = calibrated_gemma(nbl.Attention(layers=(4, 5), taps=1))
+    sliding, full = case.plan.rewritten
+    assert "averages" in sliding.tensors
+    assert "averages" in full.tensors
+    assert_inductor_agrees_with_surgery(case)
 
 
 def test_a_linear_map_is_better_than_nothing(gemma):

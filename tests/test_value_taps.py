@@ -307,3 +307,20 @@ def test_monitored_sites_report_what_their_maps_read() -> None:
     rows = monitor.report()
     assert [row.site for row in rows] == [site.name for site in plan.rewritten]
     assert all(row.tokens == text().numel() for row in rows)
+
+
+@pytest.mark.parametrize("cache", ["StaticCache", "nbl static"])
+def test_inductor_computes_the_same(cache: str) -> None:
+    """Prefill over a block of the decaying average, then single tokens."""
+    one = subject("llama", "sdpa", states=SOME)
+    ids = text(batch=1, length=CACHE_LENGTH - 2)
+    fast = torch.compile(one.model, backend="nbl", options={"plan": one.plan})
+    past = new_cache(one, cache)
+    first = ids.shape[1] - 3
+    with torch.no_grad():
+        parts = [
+            fast(part, past_key_values=past).logits for part in ids.split((first, 1, 1, 1), dim=1)
+        ]
+        expected = one.oracle(ids, use_cache=False).logits
+    atol = ROUNDING * expected.std().item()
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=atol, rtol=0)

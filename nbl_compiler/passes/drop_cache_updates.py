@@ -6,6 +6,7 @@ both are taken out on purpose::
     before   past_keys.index_copy_(2, positions, k)         after  (nothing)
     before   keys = cat([past_keys, k], -2); return keys    after  keys = zeros().expand(B, H, L, D)
 
+A site whose map reads value states keeps the updates of its values (``linearize_attention``).
 The matcher has shown that nothing outside the region reads them. Lengths stay right: a static
 layer's counter is another tensor, and a dynamic layer's length is the shape of ``keys``, which is
 kept (with one stored element: the expanded dimensions have stride 0).
