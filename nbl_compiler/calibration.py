@@ -187,6 +187,7 @@ def observe_forms(
     *,
     progress: bool = True,
     solve: bool = True,
+    guard_tokens: int | None = None,
 ) -> tuple[Calibrated, ...]:
     """Calibrate once and fit the FFNs in several forms, without trials.
 
@@ -197,6 +198,8 @@ def observe_forms(
         forms: What to fit. None fits no FFN.
         progress: See there.
         solve: Solve the maps. Without, only the first pass's moments are taken.
+        guard_tokens: Fit guarded forms on the first batches of this many tokens: they take most
+            passes and fit fewest numbers. By default on all.
 
     Returns:
         One calibration a form; they share the attention maps.
@@ -217,7 +220,9 @@ def observe_forms(
     made = []
     for form in forms:
         own = replace(config, ffn=form)
-        fits = _fit_ffns(model, batches, own, observation, positions, progress) if solve else ()
+        guarded = form is not None and form.guard != "off" and guard_tokens is not None
+        text = _first(batches, guard_tokens or 0) if guarded and solve else batches
+        fits = _fit_ffns(model, text, own, observation, positions, progress) if solve else ()
         made.append(
             Calibrated(
                 observation, candidates, fits, own, sketches, _describe(model), device_of(model)
@@ -250,6 +255,18 @@ def _fit_ffns(
         )
         for fit in fits
     )
+
+
+def _first(batches: Iterable[Batch], tokens: int) -> list[Batch]:
+    """Return the first batches that hold this many tokens together."""
+    taken: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        if taken and seen >= tokens:
+            break
+        taken.append(batch)
+        seen += _tokens(batch)
+    return taken
 
 
 def _for_several_passes(batches: Iterable[Batch]) -> Iterable[Batch]:

@@ -30,6 +30,8 @@ from nbl_compiler.trial_text import can_be_edited, few_rows, recoded, repeated
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
+# Tokens that guarded FFNs are fitted on (docs/measurements.md: 4,096 suffice for a good fit).
+GUARD_TOKENS = 6144
 # The front goes on to this many times the budget, so that a user sees what more would cost.
 BEYOND = 3.0
 
@@ -60,7 +62,7 @@ def plan(
 
     Args:
         model: In eval mode; as for ``nbl.calibrate``, which also says what may go wrong.
-        batches: See there. Gone through once for attention, and twice more for a form of FFNs.
+        batches: See there. Gone through once, and once more for each form of FFNs without a guard.
         budget: What to reach.
         space: The settings to choose from.
         progress: Show progress bars.
@@ -79,7 +81,8 @@ def plan(
     kept = all_but_last(model, batches, aside)
     form = space.ffns[0] if space.ffns else None
     config = Config(space.attention, form, space.ridge, space.holdout, space.seed)
-    found = observe_forms(model, kept, config, space.ffns or (None,), progress=progress)
+    forms = space.ffns or (None,)
+    found = observe_forms(model, kept, config, forms, progress=progress, guard_tokens=GUARD_TOKENS)
     settings = _settings(found, space)
     if not any(setting.sites for setting in settings):
         raise CalibrationError("no site of this model can be rewritten by any of the settings")
