@@ -35,6 +35,26 @@ def numbers(text: str) -> list[float]:
     return [float(item) for item in text.split(",") if item]
 
 
+class WithoutBOS:
+    """A tokenizer that adds no special tokens: rows begin in the middle of a text.
+
+    The first token of a row then takes the place of BOS, which attention sinks into. Figures of
+    others are often measured so.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Return the ids of a text alone."""
+        return self._tokenizer(text, add_special_tokens=False, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 def errors(plan: Plan) -> dict[str, float]:
     """Return least, median and greatest held-out NMSE of a layer, and the share of bytes read."""
     nmse = torch.tensor([site.holdout_nmse for site in plan.sites])
@@ -114,17 +134,21 @@ def main() -> None:
     parser.add_argument("--keep", default="0.1,0.2,0.5", help="shares of neurons kept")
     parser.add_argument("--capacity", default="0.05,0.1,0.2", help="shares put right by the guard")
     parser.add_argument("--predicted", default="0.2,0.8", help='the same with values="predicted"')
+    parser.add_argument("--without-bos", action="store_true", help="no row opens with BOS")
     parser.add_argument("--results", type=Path, help="keep rows in this file, and go on from it")
     parser.add_argument("--plot", type=Path, help="write a picture of perplexity against keep")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
+    if args.without_bos:
+        tokenizer = WithoutBOS(tokenizer)
     text = list(TextSource(args.text).documents())
     documents = list(TextSource(args.eval_text).documents())
 
     settings = {
         "model": args.model, "text": Path(args.text).name, "eval_text": Path(args.eval_text).name,
         "tokens": args.tokens, "guard_tokens": args.guard_tokens, "eval_tokens": args.eval_tokens,
+        **({"bos": False} if args.without_bos else {}),
     }  # fmt: skip
     results = Results(args.results, settings)
 
