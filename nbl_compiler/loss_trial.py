@@ -66,11 +66,12 @@ class Trial:
         """Whether disturbances are divergences in nats, rather than relative squared errors."""
         return self._predicts
 
-    def __call__(self, active: Mapping[str, StandIn]) -> float:
+    def __call__(self, active: Mapping[str, StandIn], *, kinds: int | None = None) -> float:
         """Return the disturbance of some sites' stand-ins together, on the worst kind of text.
 
         Args:
             active: Site name → what stands in for it; all others are dense.
+            kinds: How many kinds of text to try, from the first on; by default all.
 
         Raises:
             ConfigError: if the model returns no tensor.
@@ -79,7 +80,7 @@ class Trial:
             self._active = {}
             self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
         self._active = active
-        return max(map(self._disturbance, self._kinds))
+        return max(map(self._disturbance, self._kinds[:kinds]))
 
     def _disturbance(self, parts: Sequence[Part]) -> float:
         error, total = 0.0, 0.0

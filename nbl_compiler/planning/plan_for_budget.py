@@ -169,9 +169,10 @@ def _search(
     """Measure every choice alone, and walk from the dense model on."""
     by_name = {setting.name: setting for setting in settings}
 
-    def measure(choices: Mapping[str, Choice]) -> float:
+    def measure(choices: Mapping[str, Choice], kinds: int | None = None) -> float:
         bar.update(1)
-        return trial({site: by_name[c.setting].stand_ins[site] for site, c in choices.items()})
+        active = {site: by_name[c.setting].stand_ins[site] for site, c in choices.items()}
+        return trial(active, kinds=kinds)
 
     def enough(state: State) -> bool:
         if budget.max_loss is not None:
@@ -190,7 +191,9 @@ def _search(
                 if seconds <= 0:  # slower than dense at this size
                     continue
                 choice = Choice(site, setting.name, seconds, 0.0)
-                choices.append(replace(choice, loss=measure({site: choice})))
+                # FFNs see one token at a time: alone they need no text that is edited.
+                kinds = 1 if setting.sites[site].kind == "ffn" else None
+                choices.append(replace(choice, loss=measure({site: choice}, kinds)))
         states = search(choices, measure, enough)
     trial.release()
     return states
