@@ -47,9 +47,10 @@ class WithoutBOS:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, text: str, **options: Any) -> Any:
+    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
         """Return the ids of a text alone."""
-        return self._tokenizer(text, add_special_tokens=False, **options)
+        ids: dict[str, Any] = self._tokenizer(text, **{**options, "add_special_tokens": False})
+        return ids
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DECAY = 0.8
 """Of the decaying average: position t − j has weight DECAY^j. Slower and faster ones gave larger
@@ -79,6 +79,8 @@ def split_weight(weight: Tensor, width: int, states: States) -> dict[str, Tensor
 
 def joined_weight(tensors: Mapping[str, Tensor]) -> Tensor:
     """Undo ``split_weight``: return [d_out, d + vectors · n]."""
+    import torch  # here, because configuration needs this file and importing the package is cheap
+
     parts = [tensors["weight"]]
     for name in ("taps", "averages"):
         if name in tensors:

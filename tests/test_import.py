@@ -42,5 +42,5 @@ def test_every_public_name_exists_and_is_documented(name: str) -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="module 'nbl_compiler' has no attribute 'plans'"):
-        nbl.plans  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'nbl_compiler' has no attribute 'pland'"):
+        nbl.pland  # noqa: B018
