@@ -30,7 +30,7 @@ from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import StandIn, Trial
 from nbl_compiler.select import Candidate, needs_trials, wanted_count
-from nbl_compiler.trial_text import can_be_edited, few_rows, recoded, repeated
+from nbl_compiler.trial_text import few_rows, kinds_of_text
 
 # How many of the sites that are best alone compete for the next place.
 COMPETITORS = 4
@@ -61,13 +61,10 @@ def rank_attention(
     """
     if not needs_trials(options, len(candidates)):
         return tuple(candidates)
-    natural = few_rows(model, list(batches))
-    plain = [part for part in natural if can_be_edited(part)]
-    edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
+    kinds = kinds_of_text(model, list(batches))
     maps = {c.name: linear_map(c) for c in candidates}
     states = {c.name: c.states for c in candidates}
-    residual = options.input == "residual"
-    trial = Trial(model, maps, (natural, *edited), residual=residual, states=states)
+    trial = Trial(model, maps, kinds, residual=options.input == "residual", states=states)
     return _ranked(candidates, trial, maps, options, progress)
 
 

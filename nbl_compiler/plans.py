@@ -63,6 +63,12 @@ class Site:
     details: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def parameters_read(self) -> int:
+        """How many parameters one token reads here once the site is rewritten."""
+        own = sum(tensor.numel() for tensor in self.tensors.values())
+        return int(self.details.get("parameters_read") or own)
+
     def header(self) -> dict[str, Any]:
         """Return everything but the tensors (see ``to_json``)."""
         return {

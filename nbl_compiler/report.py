@@ -44,14 +44,9 @@ def plan_table(plan: Plan) -> Table:
 
 def _totals(plan: Plan) -> tuple[str, int]:
     before = sum(int(site.details.get("parameters", 0)) for site in plan.rewritten)
-    after = sum(_read(site) for site in plan.rewritten)
+    after = sum(site.parameters_read for site in plan.rewritten)
     stored = sum(t.numel() * t.element_size() for t in plan.tensors().values())
     return f"{before:,} → {after:,}", stored
-
-
-def _read(site: Site) -> int:
-    own = sum(t.numel() for t in site.tensors.values())
-    return int(site.details.get("parameters_read") or own)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -65,7 +60,7 @@ def _parameters(site: Site) -> str:
         return "-"
     if site.decision != "rewritten":
         return f"{before:,}"
-    return f"{before:,} → {_read(site):,}"
+    return f"{before:,} → {site.parameters_read:,}"
 
 
 def plain(value: float) -> float | None:

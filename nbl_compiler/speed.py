@@ -226,9 +226,5 @@ def parameters_touched(model: Any, plan: Plan) -> tuple[int, int]:
     head = model.get_output_embeddings()
     if id(embedding) in tied and (head is None or head.weight is not embedding):
         total -= embedding.numel()
-    saved = sum(
-        site.details["parameters"]
-        - (site.details.get("parameters_read") or sum(t.numel() for t in site.tensors.values()))
-        for site in plan.rewritten
-    )
+    saved = sum(site.details["parameters"] - site.parameters_read for site in plan.rewritten)
     return total, total - saved

@@ -35,6 +35,15 @@ class Part:
     keep: Callable[[int], Tensor]
 
 
+def kinds_of_text(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], tokens: int = TRIAL_TOKENS
+) -> list[list[Part]]:
+    """Return text as it is and, where it can be edited, repeated and recoded."""
+    natural = few_rows(model, batches, tokens)
+    plain = [part for part in natural if can_be_edited(part)]
+    return [natural, [*map(repeated, plain)], [*map(recoded, plain)]] if plain else [natural]
+
+
 def can_be_edited(part: Part) -> bool:
     """Tell whether the part holds rows of token ids without padding, of more than a few tokens."""
     ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")

@@ -35,11 +35,7 @@ def count_of_mask(mask: Tensor) -> Tensor:
     Args:
         mask: True, or a number that is not hugely negative, where attention is allowed.
     """
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if allowed.ndim == 4:
-        allowed = allowed[:, 0] if allowed.shape[1] == 1 else allowed.any(1)
-    count = allowed.sum(-1)
-    return count if count.ndim == 2 else count.unsqueeze(0)
+    return _allowed(mask).sum(-1)
 
 
 def looks_back(mask: Tensor) -> Tensor:
@@ -51,13 +47,20 @@ def looks_back(mask: Tensor) -> Tensor:
     Returns:
         [B or 1, T], bool.
     """
-    count = count_of_mask(mask)
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    allowed = allowed.any(1) if allowed.ndim == 4 else allowed.unsqueeze(0)
+    allowed = _allowed(mask)
+    count = allowed.sum(-1)
     columns = torch.arange(mask.shape[-1], device=mask.device)
     own = columns[mask.shape[-1] - mask.shape[-2] :, None]
     run = (columns <= own) & (columns > own - count[..., None])
     return (allowed == run).all(-1)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Return whether any head may attend, [B or 1, T, K]."""
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if allowed.ndim == 2:
+        return allowed.unsqueeze(0)
+    return allowed[:, 0] if allowed.shape[1] == 1 else allowed.any(1)
 
 
 def count_without_mask(values: Tensor, before: int) -> Tensor:

@@ -14,6 +14,7 @@ from nbl_compiler.passes.elementwise import passed_through
 from nbl_compiler.passes.graph_tools import (
     argument,
     example_value,
+    is_addition,
     is_call,
     is_cast,
     is_view,
@@ -24,7 +25,6 @@ from nbl_compiler.passes.graph_tools import (
 
 _MATCHES = "nbl_ffn_matches"
 _LINEAR = frozenset({F.linear, torch._C._nn.linear})
-_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
 _SPLITS = frozenset({torch.chunk, torch.split, torch.functional.split, torch.tensor_split})
 _SPLIT_METHODS = frozenset({"chunk", "split", "tensor_split", "split_with_sizes"})
 
@@ -201,7 +201,7 @@ def _linear(node: Node) -> Projection | None:
 
 def _with_added_bias(node: Node) -> Projection | None:
     """Read ``x @ W + b``."""
-    if not is_call(node, _ADDITIONS, {"add", "add_"}) or node.kwargs or len(node.args) != 2:
+    if not is_addition(node) or node.kwargs or len(node.args) != 2:
         return None
     for product, bias in (node.args, reversed(node.args)):
         if isinstance(product, Node) and isinstance(bias, Node):

@@ -127,6 +127,11 @@ def is_call(
     return node.op == "call_method" and node.target in methods
 
 
+def is_addition(node: object) -> bool:
+    """Tell whether the node adds, in any spelling, in place or not."""
+    return is_call(node, {operator.add, operator.iadd, torch.add}, {"add", "add_"})
+
+
 def argument(node: Node, position: int, name: str, default: object = None) -> object:
     """Return an argument given by position or by name."""
     if len(node.args) > position:

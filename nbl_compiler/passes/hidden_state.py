@@ -13,6 +13,7 @@ from torch.fx import Node
 from nbl_compiler.passes.graph_tools import (
     Topology,
     example_value,
+    is_addition,
     is_call,
     is_cast,
     is_floating,
@@ -22,8 +23,7 @@ from nbl_compiler.passes.graph_tools import (
     skip_views_back,
 )
 
-_ADDITIONS = frozenset({operator.add, torch.add, operator.iadd})
-_ELEMENTWISE = _ADDITIONS | {operator.mul, torch.mul, operator.sub, torch.sub, operator.truediv}
+_PRODUCTS = frozenset({operator.mul, torch.mul, operator.sub, torch.sub, operator.truediv})
 _NORMS = frozenset({F.layer_norm, F.rms_norm})
 _MAX_EXPANSIONS = 8  # MLA needs 3, MLA with adapters 5
 
@@ -118,7 +118,7 @@ def _roots(start: Node, topology: Topology, *, through_residual: bool = True) ->
 
 def _is_residual_addition(node: Node) -> bool:
     """Tell whether the node adds two whole activations of the same shape."""
-    if not is_call(node, _ADDITIONS, {"add", "add_"}) or len(node.all_input_nodes) != 2:
+    if not is_addition(node) or len(node.all_input_nodes) != 2:
         return False
     left, right = node.all_input_nodes
     shape = shape_of(node)
@@ -225,7 +225,8 @@ def _step_through_norm(node: Node) -> tuple[Node, bool] | None:
     activations = [n for n in node.all_input_nodes if shape_of(n) == shape and not is_weight(n)]
     if is_cast(node) and activations:
         return activations[0], False
-    if not is_call(node, _ELEMENTWISE, {"mul", "add", "sub", "div"}) or len(activations) != 1:
+    combines = is_addition(node) or is_call(node, _PRODUCTS, {"mul", "sub", "div"})
+    if not combines or len(activations) != 1:
         return None
     others = [n for n in node.all_input_nodes if n is not activations[0]]
     statistic = any((shape_of(n) or (0,))[-1] == 1 for n in others)

@@ -11,7 +11,6 @@ From the anchor's value operand the walk goes back over views and head repetitio
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ from nbl_compiler.passes.attention_cache import is_append
 from nbl_compiler.passes.graph_tools import (
     Topology,
     argument,
+    is_addition,
     is_call,
     is_floating,
     is_view,
@@ -33,7 +33,6 @@ from nbl_compiler.passes.graph_tools import (
     weight_behind,
 )
 
-_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
 _REPEATS = frozenset({torch.repeat_interleave})
 _ROLLS = frozenset({torch.roll})
 
@@ -169,8 +168,7 @@ def _added_mask(scores: Node, query: Node, topology: Topology) -> Node | None:
         inputs = [n for n in node.all_input_nodes if is_floating(n) and not is_weight(n)]
         from_scores = [n for n in inputs if n in reached]
         others = [n for n in inputs if n not in reached and len(shape_of(n) or ()) == 4]
-        adds = is_call(node, _ADDITIONS, {"add", "add_"})
-        if adds and len(from_scores) == 1 and len(others) == 1 and _is_mask(others[0], node):
+        if is_addition(node) and len(from_scores) == len(others) == 1 and _is_mask(others[0], node):
             return others[0]
         if len(from_scores) != 1:
             return None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import nn
 from torch.fx import GraphModule
 
 from nbl_compiler.cost import Machine, graph_cost
@@ -51,7 +50,7 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
     Raises:
         ConfigError: if the model cannot run such a step.
     """
-    found: list[StepCost] = []
+    parts: list[StepCost] = []  # several where the model breaks into more than one graph
 
     def backend(graph_module: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         copy = private_copy(graph_module)
@@ -61,7 +60,7 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
         rows = site_rows(0, snapshots, runs, copy, plan)
         work = {w.node: machine.seconds(w) for w in graph_cost(copy).work}
         regions = [row for row in rows if row.state != "rejected"]
-        found.append(
+        parts.append(
             StepCost(
                 dense,
                 sum(work.values()),
@@ -76,9 +75,8 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
         inputs = _step(model, plan, budget)
         torch.compile(lambda **given: model(**given), backend=backend, dynamic=False)(**inputs)
     torch._dynamo.reset()
-    if not found:
+    if not parts:
         raise ConfigError("the model was not traced: nothing to plan")
-    parts = found  # more than one graph where the model breaks into several
     return StepCost(
         sum(p.dense for p in parts),
         sum(p.total for p in parts),
@@ -90,11 +88,11 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
 def _step(model: Any, plan: Plan, budget: Budget) -> dict[str, Any]:
     """Return the inputs of the step that the budget is about."""
     device = next(model.parameters()).device
+    decodes = bool(getattr(model, "can_generate", lambda: False)())
     if budget.phase == "prefill":
         ids = torch.ones(budget.batch, budget.context, dtype=torch.long, device=device)
-        more = {"logits_to_keep": 1} if _decodes(model) else {}
-        return {"input_ids": ids, **({"use_cache": False} if _decodes(model) else {}), **more}
-    if not _decodes(model):
+        return {"input_ids": ids} | ({"use_cache": False, "logits_to_keep": 1} if decodes else {})
+    if not decodes:
         raise ConfigError(
             "this model does not generate tokens: plan it with Budget(phase='prefill')"
         )
@@ -103,7 +101,3 @@ def _step(model: Any, plan: Plan, budget: Budget) -> dict[str, Any]:
     set_length(kv, budget.context)
     ids = torch.ones(budget.batch, 1, dtype=torch.long, device=device)
     return {"input_ids": ids, "past_key_values": kv}
-
-
-def _decodes(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())

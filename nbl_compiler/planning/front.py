@@ -51,17 +51,14 @@ class Front:
         budget: What was asked for.
         chosen: Index of the point that the budget picks.
         plan: Its plan.
+        plan_at: Returns the plan of the point with an index.
     """
 
     points: tuple[Point, ...]
     budget: Budget
     chosen: int
     plan: Plan
-    _build: Callable[[Point], Plan] = field(repr=False)
-
-    def plan_at(self, index: int) -> Plan:
-        """Return the plan of another point of the front."""
-        return self._build(self.points[index])
+    plan_at: Callable[[int], Plan] = field(repr=False)
 
     def __str__(self) -> str:
         return render(self.table())

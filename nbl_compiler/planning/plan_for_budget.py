@@ -26,7 +26,7 @@ from nbl_compiler.planning.search import Choice, State, pareto, search
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.select import attention_site, ffn_site
-from nbl_compiler.trial_text import can_be_edited, few_rows, recoded, repeated
+from nbl_compiler.trial_text import kinds_of_text
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
@@ -91,19 +91,16 @@ def plan(
     costs = {s.name: step_cost(model, _plan(found, s.sites), budget, machine) for s in settings}
     trial = _trial(model, found[0], aside, residual=_reads_residual(space))
     states = _search(settings, dense, costs, trial, budget, progress)
-    points, by_point = [], {}
-    for state in pareto(states):
-        point = _point(state, _loss(state, trial), settings, dense)
-        points.append(point)
-        by_point[id(point)] = state
+    front = pareto(states)
+    points = tuple(_point(state, _loss(state, trial), settings, dense) for state in front)
 
-    def build(point: Point) -> Plan:
-        return _chosen_plan(found, settings, by_point[id(point)])
+    def plan_at(index: int) -> Plan:
+        return _chosen_plan(found, settings, front[index])
 
     chosen = pick(points, budget)
-    made = build(points[chosen])
+    made = plan_at(chosen)
     attach(model, made)
-    return Front(tuple(points), budget, chosen, made, build)
+    return Front(points, budget, chosen, made, plan_at)
 
 
 def _reads_residual(space: Space) -> bool:
@@ -149,13 +146,11 @@ def _plan(found: Sequence[Calibrated], sites: Mapping[str, Site]) -> Plan:
 def _trial(
     model: nn.Module, calibrated: Calibrated, aside: list[dict[str, Any]], *, residual: bool
 ) -> Trial:
-    natural = few_rows(model, aside, PLAN_TOKENS)
-    plain = [part for part in natural if can_be_edited(part)]
-    edited = ([*map(repeated, plain)], [*map(recoded, plain)]) if plain else ()
     ffn = calibrated.observation.ffn
     names = [c.name for c in calibrated.candidates] + ([] if ffn is None else list(ffn.sites))
     states = {c.name: c.states for c in calibrated.candidates}
-    return Trial(model, names, (natural, *edited), residual=residual, states=states)
+    kinds = kinds_of_text(model, aside, PLAN_TOKENS)
+    return Trial(model, names, kinds, residual=residual, states=states)
 
 
 def _search(
@@ -214,8 +209,7 @@ def _point(state: State, loss: float, settings: Sequence[_Setting], dense: StepC
     saved = 0
     for site, choice in state.choices.items():
         made = by_name[choice.setting].sites[site]
-        own = sum(tensor.numel() for tensor in made.tensors.values())
-        saved += made.details["parameters"] - (made.details.get("parameters_read") or own)
+        saved += made.details["parameters"] - made.parameters_read
     choices = {site: choice.setting for site, choice in state.choices.items()}
     return Point(loss, _speedup(state, dense), choices, 4 * saved)
 

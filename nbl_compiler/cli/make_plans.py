@@ -1,0 +1,137 @@
+"""``nbl calibrate`` and ``nbl plan``: text in, a plan file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbl_compiler.cli.shared import (
+    Column,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    PlanFile,
+    Quiet,
+    Split,
+    Text,
+    check_folder,
+    console,
+    layer_names,
+    print_json,
+    ridge_of,
+    share,
+)
+
+
+def calibrate(
+    model: Model,
+    plan: PlanFile,
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "train",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    batch: Annotated[int, typer.Option(help="Rows a batch.")] = 4,
+    attention: Annotated[bool, typer.Option(help="Linearize attention layers.")] = True,
+    count: Annotated[int | None, typer.Option(help="Linearize the best COUNT layers.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Linearize these, such as 3,5,8.")] = None,
+    max_nmse: Annotated[float | None, typer.Option(help="Leave layers with more error.")] = None,
+    rank_by: Annotated[str, typer.Option(help="nmse, loss or cca.")] = "nmse",
+    input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
+    taps: Annotated[int, typer.Option(help="Earlier values that a map also reads.")] = 0,
+    averages: Annotated[bool, typer.Option(help="With taps: averages of values, too.")] = True,
+    ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
+    ffn: Annotated[bool, typer.Option("--ffn", help="Fold FFNs, too.")] = False,
+    ffn_count: Annotated[int | None, typer.Option(help="Fold the best COUNT FFNs.")] = None,
+    ffn_layers: Annotated[str | None, typer.Option(help="Fold these, such as 3,5,8.")] = None,
+    ffn_max_nmse: Annotated[float | None, typer.Option(help="Leave FFNs with more error.")] = None,
+    ffn_rank_by: Annotated[str, typer.Option(help="loss or nmse.")] = "loss",
+    keep: Annotated[float, typer.Option(help="Share of the neurons that stay dense.")] = 0.25,
+    guard: Annotated[str, typer.Option(help="off, predicted or exact.")] = "off",
+    capacity: Annotated[float | None, typer.Option(help="Most outliers, a share.")] = None,
+    coverage: Annotated[float, typer.Option(help="In-range target, guard exact.")] = 0.9,
+    predictor: Annotated[
+        str, typer.Option(help="auto, none, low_rank, quantized_8, quantized_4 or quantized_2.")
+    ] = "auto",
+    values: Annotated[
+        str, typer.Option(help="original or predicted: what outliers are put right with.")
+    ] = "original",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate a model on text and write the plan."""
+    from nbl_compiler.calibration import calibrate as run
+    from nbl_compiler.config import FFN, Attention, Config
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.text import TextSource, token_batches
+
+    linearize = Attention(
+        count, layer_names(layers), max_nmse, rank_by, input,  # type: ignore[arg-type]
+        taps=taps, averages=averages,
+    )  # fmt: skip
+    fold = FFN(
+        ffn_count, layer_names(ffn_layers), ffn_max_nmse, keep, guard,  # type: ignore[arg-type]
+        capacity, coverage, predictor,  # type: ignore[arg-type]
+        values=values, rank_by=ffn_rank_by,  # type: ignore[arg-type]
+    )  # fmt: skip
+    asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
+    config = Config(linearize if attention else None, fold if asked else None, ridge_of(ridge))
+    check_folder(plan)
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    batches = token_batches(documents, tokenizer, tokens=tokens, length=length, batch=batch)
+    made = run(loaded, batches, config, progress=not quiet)
+    made.save(plan)
+    if as_json:
+        print_json({"plan": str(plan), "digest": made.digest, **made.header()})
+    else:
+        console.print(str(made), highlight=False, markup=False)
+        console.print(f"written to {plan}")
+
+
+def plan_for_budget(
+    model: Model,
+    plan: PlanFile,
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "train",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 32_768,
+    max_loss: Annotated[str | None, typer.Option(help="Most loss of perplexity, as 2%.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Speed-up to reach, as 1.5.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the cache, or in the prompt.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 1,
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the front, as front.svg.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan within a loss, or the best of a speed, and write it."""
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.planning.budget import Budget
+    from nbl_compiler.planning.plan_for_budget import plan as run
+    from nbl_compiler.text import TextSource, token_batches
+
+    budget = Budget(share(max_loss), speedup, context, batch, phase)  # type: ignore[arg-type]
+    check_folder(plan)
+    if plot is not None:
+        check_folder(plot)
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    front = run(
+        loaded, token_batches(documents, tokenizer, tokens=tokens), budget, progress=not quiet
+    )
+    front.plan.save(plan)
+    if plot is not None:
+        front.save_plot(plot)
+    if as_json:
+        print_json({"plan": str(plan), **front.as_json()})
+    else:
+        console.print(front.table(), highlight=False, markup=False)
+        console.print(f"written to {plan}")
