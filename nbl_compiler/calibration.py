@@ -207,7 +207,9 @@ def observe_forms(
     Raises:
         NBLError: As ``calibrate``.
     """
-    _check_request(model, config)
+    if config.attention is None and config.ffn is None:
+        raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
+    check_request(model)
     if config.ffn is not None and solve:
         batches = _for_several_passes(batches)
     observation = merge_across_processes(observe(model, batches, config, progress=progress))
@@ -274,9 +276,14 @@ def _for_several_passes(batches: Iterable[Batch]) -> Iterable[Batch]:
     return list(batches) if iter(batches) is batches else batches
 
 
-def _check_request(model: nn.Module, config: Config) -> None:
-    if config.attention is None and config.ffn is None:
-        raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
+def check_request(model: nn.Module) -> None:
+    """Raise unless the model can be calibrated as it is.
+
+    Raises:
+        InferenceOnlyError: if the model is in training mode.
+        UnsupportedDtypeError: if a weight is stored in a dtype that has no linear maps here.
+        WeightsReleasedError: if weights were released for a plan.
+    """
     if any(module.training for module in (model, *_dropouts(model))):
         raise InferenceOnlyError("the model is in training mode; call model.eval() first")
     refuse_released(model.parameters(), "calibration")

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from nbl_compiler.config import FFN, Attention
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stand_in import folded_ffn
-from nbl_compiler.loss_trial import StandIn, Trial
+from nbl_compiler.loss_trial import Trial
+from nbl_compiler.passes.switches import StandIn
 from nbl_compiler.select import Candidate, needs_trials, wanted_count
 from nbl_compiler.trial_text import few_rows, kinds_of_text
 

@@ -25,11 +25,9 @@ from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.match_attention import match
 from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.passes.private_copy import private_copy
+from nbl_compiler.passes.switches import StandIn, insert_switch
 from nbl_compiler.trial_text import Part
 from nbl_compiler.value_states import NO_STATES, States
-
-StandIn = Callable[[Tensor], Tensor]
-"""What would replace a site: its input [..., d] → its output [..., o]."""
 
 
 class Trial:
@@ -129,18 +127,8 @@ class Trial:
     def _insert_switch(
         self, graph_module: GraphModule, site: str, source: Node, output: Node
     ) -> None:
-        if site not in self._sites:
-            return
-
-        def switch(x: Tensor, y: Tensor) -> Tensor:
-            stand_in = self._active.get(site)
-            return y if stand_in is None else stand_in(x).to(y.dtype)
-
-        users = list(output.users)
-        with graph_module.graph.inserting_after(output):
-            node = graph_module.graph.call_function(switch, (source, output))
-        for user in users:
-            user.replace_input_with(output, node)
+        if site in self._sites:
+            insert_switch(graph_module, source, output, lambda: self._active.get(site))
 
 
 def _main_output(returned: object) -> Tensor:

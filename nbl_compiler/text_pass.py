@@ -99,12 +99,12 @@ def _run_batches(
     progress: bool,
     check: Callable[[], None],
 ) -> None:
-    compiled = torch.compile(_private_forward(model), backend=observer.backend, dynamic=None)
+    compiled = torch.compile(private_forward(model), backend=observer.backend, dynamic=None)
     cheap = cheap_arguments(model)
     device = device_of(model)
     openings = RowOpenings(model)
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    with torch.no_grad(), _many_shapes(), token_bar(total, title, progress) as advance:
+    with torch.no_grad(), many_shapes(), token_bar(total, title, progress) as advance:
         for number, batch in enumerate(batches):
             inputs = model_inputs(model, batch, device)
             observer.start_batch(inputs)
@@ -116,7 +116,7 @@ def _run_batches(
     openings.warn()
 
 
-def _private_forward(model: nn.Module) -> Callable[..., Any]:
+def private_forward(model: nn.Module) -> Callable[..., Any]:
     """Return a function with a code object of its own, which runs the model.
 
     Dynamo keeps compiled code with the code object of what it compiled. Kept with the model's
@@ -131,7 +131,7 @@ def _private_forward(model: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _many_shapes() -> Any:
+def many_shapes() -> Any:
     """Allow one compiled graph a batch shape: text comes in many lengths."""
     return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from nbl_compiler.ffn.guarded import restore
 from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.lowering.guarded_ffn import reference
+from nbl_compiler.plans import Site
 from nbl_compiler.solvers.folding import FFNWeights, hidden_product
 
 
-def folded_ffn(weights: FFNWeights, fit: FFNFit) -> Callable[[Tensor], Tensor]:
+def folded_ffn(weights: FFNWeights, fit: FFNFit | Site) -> Callable[[Tensor], Tensor]:
     """Return what a fit makes of its FFN: x [..., d] → y [..., o].
 
     Args:
         weights: The model's own weights.
-        fit: Its fit, of any form.
+        fit: Its fit, of any form, or a plan's site.
     """
     kept = fit.tensors.get("kept", torch.zeros(0, dtype=torch.int64))
     compact = weights.select(kept)

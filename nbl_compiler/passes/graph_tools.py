@@ -204,18 +204,19 @@ def _in_place_position(function: Callable[..., object]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def eliminate_dead_code(graph_module: GraphModule) -> int:
-    """Erase nodes without users that compute a value and do nothing else; return how many went.
+def has_effect(node: Node) -> bool:
+    """Tell whether the node does something besides computing a value.
 
     FX's own notion of purity overlooks methods such as ``index_copy_``, by which a static KV cache
     and its length counter are updated, and calls for their effect alone, which have no value:
     entering and leaving ``vmap``, say.
     """
+    calls = node.op in ("call_function", "call_method")
+    return node.is_impure() or is_write(node) or (calls and example_value(node) is None)
 
-    def has_effect(node: Node) -> bool:
-        calls = node.op in ("call_function", "call_method")
-        return node.is_impure() or is_write(node) or (calls and example_value(node) is None)
 
+def eliminate_dead_code(graph_module: GraphModule) -> int:
+    """Erase nodes without users that compute a value and do nothing else; return how many went."""
     before = len(graph_module.graph.nodes)
     graph_module.graph.eliminate_dead_code(has_effect)
     return before - len(graph_module.graph.nodes)

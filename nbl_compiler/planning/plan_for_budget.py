@@ -18,7 +18,8 @@ from nbl_compiler.cost import measure_machine
 from nbl_compiler.errors import CalibrationError
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_ranking import linear_map
-from nbl_compiler.loss_trial import StandIn, Trial
+from nbl_compiler.loss_trial import Trial
+from nbl_compiler.passes.switches import StandIn
 from nbl_compiler.planning.budget import Budget, Space
 from nbl_compiler.planning.costs import StepCost, step_cost
 from nbl_compiler.planning.front import Front, Point, pick

@@ -143,6 +143,15 @@ class RegressionMoments:
         origin._target_shift = target_shift.to(self._target_shift)
         return self._combine(origin, self)
 
+    def of_targets(self, chosen: slice) -> Self:
+        """The moments of some of the targets only."""
+        part = self._empty()
+        part.targets = len(range(*chosen.indices(self.targets)))
+        part._target_shift, part._target_sum = self._target_shift[chosen], self._target_sum[chosen]
+        part._cross_products = self._cross_products[chosen]
+        part._target_squares = self._target_squares[chosen]
+        return part
+
     def sums(self) -> tuple[Tensor, ...]:
         """The sums that add up when moments about the same points are merged."""
         return (

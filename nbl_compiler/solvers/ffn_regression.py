@@ -10,6 +10,7 @@ be chosen on held-out moments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +91,7 @@ def fit_affine_map(
     prior: Tensor | None = None,
     free: int | None = None,
     output_weights: Tensor | None = None,
+    ridges: Sequence[float] = RIDGES,
 ) -> AffineMap:
     """The affine map of least mean squared error, shrunk towards a prior.
 
@@ -101,6 +103,7 @@ def fit_affine_map(
         free: Only the first ``free`` columns may leave the prior.
         output_weights: [q], importance of each output in the NMSE and in the choice of the ridge
             (with one ridge they do not change the map).
+        ridges: What ``"auto"`` chooses from.
     """
     p, q = train.inputs, train.targets
     free = p if free is None else free
@@ -115,7 +118,7 @@ def fit_affine_map(
     if ridge != "auto":
         chosen = float(ridge)
     elif holdout is not None and holdout.count >= MIN_HOLDOUT_TOKENS:
-        chosen = _best_ridge(basis, train, holdout, start, importance)
+        chosen = _best_ridge(basis, train, holdout, start, importance, ridges)
     else:
         chosen = DEFAULT_RIDGE
     weight = start.clone()
@@ -179,6 +182,7 @@ def _best_ridge(
     holdout: RegressionMoments,
     prior: Tensor,
     weights: Tensor,
+    ridges: Sequence[float],
 ) -> float:
     """The ridge of least held-out error; after one r × r product every candidate costs r²."""
     free = basis.transform.shape[0]
@@ -197,7 +201,7 @@ def _best_ridge(
         s = 1 / (basis.eigenvalues + ridge)
         return float(s @ square @ s - 2 * (gain @ s))
 
-    return min(RIDGES, key=error)
+    return min(ridges, key=error)
 
 
 def _weighted_nmse(moments: RegressionMoments, errors: Tensor, weights: Tensor) -> float:
