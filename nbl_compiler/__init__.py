@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nbl_compiler.planning.front import Front
     from nbl_compiler.planning.plan_for_budget import plan
     from nbl_compiler.plans import Plan, Site
+    from nbl_compiler.refitting.refit_plan import refit
     from nbl_compiler.registry import attach
     from nbl_compiler.resident import Released, release, resident_bytes
     from nbl_compiler.text import token_batches

@@ -74,6 +74,20 @@ def test_plan_writes_what_the_budget_picks(monkeypatch, capsys, folder, tmp_path
     assert plot.read_text().startswith("<?xml")
 
 
+def test_refit_writes_a_new_plan(monkeypatch, capsys, folder, tmp_path):
+    path, out_path = tmp_path / "plan.safetensors", tmp_path / "new.safetensors"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 2)
+    words = (path, out_path, "--tokens", 4096, "--folder", tmp_path / "run", "--quiet", "--json")
+    status, out, err = call(monkeypatch, capsys, "refit", folder, *words)
+    assert status == 0, err
+    report = json.loads(out)
+    old, new = Plan.load(path), Plan.load(out_path)
+    assert report["digest"] == new.digest != old.digest
+    assert report["loss_after"] <= report["loss_before"]
+    assert [site.name for site in new.rewritten] == [site.name for site in old.rewritten]
+    assert not (tmp_path / "run").exists()
+
+
 def test_calibrate_can_leave_attention_alone(monkeypatch, capsys, folder, tmp_path):
     path = tmp_path / "plan.safetensors"
     words = ("--no-attention", "--ffn-count", 1, "--guard", "predicted", "--capacity", 0.2)
@@ -155,6 +169,7 @@ def test_explain_writes_a_report_to_open(monkeypatch, capsys, folder, tmp_path):
         (("plan", "{folder}", "{tmp}/p", "--max-loss", "much"), "'much' is no share: give 2%"),
         (("plan", "{folder}", "{tmp}/p"), "give either max_loss or speedup"),
         (("plan", "{folder}", "{tmp}/none/p", "--speedup", "2"), "does not exist"),
+        (("refit", "{folder}", "{tmp}/none", "{tmp}/p2"), "{tmp}/none"),
         (("eval", "{folder}", "{tmp}/missing.safetensors"), "no plan at"),
         (("bench", "{folder}", "{folder}/model.safetensors"), "holds no nbl plan"),
     ],
@@ -171,8 +186,8 @@ def test_a_users_mistake_is_one_line_and_status_one(
 
 
 def test_every_command_has_help(monkeypatch, capsys):
-    for command in ("calibrate", "plan", "explain", "eval", "generate", "bench", "demo"):
+    for command in ("calibrate", "plan", "refit", "explain", "eval", "generate", "bench", "demo"):
         status, out, _ = call(monkeypatch, capsys, command, "--help")
         assert status == 0
         assert "Usage" in out
-        assert PYTHON_DOCS in out or command not in ("calibrate", "plan", "eval")
+        assert PYTHON_DOCS in out or command not in ("calibrate", "plan", "refit", "eval")

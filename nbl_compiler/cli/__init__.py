@@ -7,7 +7,7 @@ import sys
 import typer
 
 from nbl_compiler.cli.judge_plans import bench, evaluate, explain
-from nbl_compiler.cli.make_plans import calibrate, plan_for_budget
+from nbl_compiler.cli.make_plans import calibrate, plan_for_budget, refit
 from nbl_compiler.cli.run_models import demo, generate, minify
 from nbl_compiler.errors import NBLError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("calibrate")(calibrate)
 app.command("plan")(plan_for_budget)
+app.command("refit")(refit)
 app.command("explain")(explain)
 app.command("eval")(evaluate)
 app.command("bench")(bench)

@@ -1,4 +1,4 @@
-"""``nbl calibrate`` and ``nbl plan``: text in, a plan file out."""
+"""``nbl calibrate``, ``nbl plan`` and ``nbl refit``: text in, a plan file out."""
 
 from __future__ import annotations
 
@@ -135,3 +135,43 @@ def plan_for_budget(
     else:
         console.print(front.table(), highlight=False, markup=False)
         console.print(f"written to {plan}")
+
+
+def refit(
+    model: Model,
+    plan: PlanFile,
+    out: Annotated[Path, typer.Argument(help="The new plan file.")],
+    text: Text = "python-docs",
+    column: Column = "text",
+    split: Split = "train",
+    tokens: Annotated[int, typer.Option(help="Tokens to fit on.")] = 32_768,
+    ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the state here, to go on after an interruption.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a plan's maps anew, each on the stream that those before it leave."""
+    from nbl_compiler.models import load_causal
+    from nbl_compiler.plans import Plan
+    from nbl_compiler.refitting.refit_plan import refit as run
+    from nbl_compiler.text import TextSource, token_batches
+
+    check_folder(out)
+    former = Plan.load(plan)
+    loaded, tokenizer = load_causal(model, dtype, device)
+    documents = TextSource(text, split, column).documents()
+    batches = token_batches(documents, tokenizer, tokens=tokens)
+    made = run(loaded, former, batches, ridge=ridge_of(ridge), folder=folder, progress=not quiet)
+    made.save(out)
+    facts = made.config["refit"]
+    if as_json:
+        print_json({"plan": str(out), "digest": made.digest, **facts})
+    else:
+        console.print(
+            f"loss on text held back: {facts['loss_before']:.4f} → {facts['loss_after']:.4f}"
+        )
+        console.print(f"written to {out}")

@@ -243,17 +243,16 @@ class _Moments:
         made = fit(self._site, train, holdout, ridge)
         facts = {"refit_strength": strength, "refit_ridge": made.ridge}
         site = with_map(self._site, made, facts)
-        return replace(site, nmse=self._nmse(0, made), holdout_nmse=self._nmse(1, made))
-
-    def _nmse(self, side: int, made: AffineMap) -> float:
-        """Return the error of the site's own output, on the compressed stream."""
-        if not self._sides[side].count:
-            return self._nmse(0, made) if side else float("nan")
-        errors = squared_errors(
-            self._sides[side].of_targets(slice(0, self._width)), made.weight, made.bias
+        return replace(
+            site, nmse=self._nmse(0, train, made), holdout_nmse=self._nmse(1, holdout, made)
         )
-        total = float(self._outputs[side].target_variance.sum())
-        return float(errors.sum()) / total if total else float("nan")
+
+    def _nmse(self, side: int, moments: RegressionMoments, made: AffineMap) -> float:
+        """Return the error against the target, relative to the variance of the dense output."""
+        total = float(self._outputs[side].target_variance.sum()) if moments.count else 0.0
+        if not total:
+            return float("nan")
+        return float(squared_errors(moments, made.weight, made.bias).sum()) / total
 
 
 def _value(node: Node, values: Values, inputs: Values) -> Tensor:
