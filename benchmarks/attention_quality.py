@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from without_bos import WithoutBOS
 
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import Attention, Config
@@ -39,9 +40,12 @@ def main() -> None:
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
     parser.add_argument("--taps", type=int, default=0)
     parser.add_argument("--paper", action="store_true", help="also the published recipe")
+    parser.add_argument("--without-bos", action="store_true", help="no row opens with BOS")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model, tokenizer = load_causal(args.model)
+    if args.without_bos:
+        tokenizer = WithoutBOS(tokenizer)
     batches = list(token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens))
     counts = [int(item) for item in args.counts.split(",")]
     attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by, taps=args.taps)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from without_bos import WithoutBOS
 
 import nbl_compiler as nbl
 from nbl_compiler.evaluation.perplexity import perplexity_of
@@ -33,27 +34,6 @@ EVERY = 1e9  # no error is too large: all FFNs are folded
 
 def numbers(text: str) -> list[float]:
     return [float(item) for item in text.split(",") if item]
-
-
-class WithoutBOS:
-    """A tokenizer that adds no special tokens: rows begin in the middle of a text.
-
-    The first token of a row then takes the place of BOS, which attention sinks into. Figures of
-    others are often measured so.
-    """
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        """Return the ids of a text alone."""
-        ids: dict[str, Any] = self._tokenizer(text, **{**options, "add_special_tokens": False})
-        return ids
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
 
 
 def errors(plan: Plan) -> dict[str, float]:

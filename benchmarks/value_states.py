@@ -43,6 +43,8 @@ SETS: dict[str, tuple[str, ...]] = {
     "tap 1, decay 0.8, mean": ("tap 1", "decay 0.8", "mean"),
     "tap 1, decay 0.9, mean": ("tap 1", "decay 0.9", "mean"),
 }
+# The chosen set once more, its maps of the states limited to a rank (reduced-rank regression).
+CHOSEN, RANKS = "tap 1, decay 0.8, mean", (16, 64, 256)
 BLOCK, HELD_OUT = 128, 8  # every eighth block of 128 tokens is held out
 RIDGES = (1e-4, 1e-3, 3e-3, 1e-2)
 
@@ -66,6 +68,9 @@ def main() -> None:
         table.add_column(f"layer {layer}", justify="right")
     for name, parts in SETS.items():
         table.add_row(name, str(len(parts)), *(f"{column[name]:.3f}" for column in columns))
+    for name in map(_ranked, RANKS):
+        vectors = str(len(SETS[CHOSEN]))
+        table.add_row(name, vectors, *(f"{column[name]:.3f}" for column in columns))
     Console().print(table)
 
 
@@ -138,8 +143,17 @@ def errors(inputs: list[Tensor], values: list[Tensor], outputs: list[Tensor]) ->
     for name, parts in SETS.items():
         starts = [width + names.index(part) * each for part in parts]
         columns = [*range(width), *(c for start in starts for c in range(start, start + each))]
-        result[name] = min(_error(fit, test, total, columns, ridge) for ridge in RIDGES)
+        weights = [_solve(fit, columns, ridge) for ridge in RIDGES]
+        result[name] = min(_error(test, total, columns, weight) for weight in weights)
+        if name == CHOSEN:
+            for rank in RANKS:
+                limited = (_limited(fit, columns, weight, width, rank) for weight in weights)
+                result[_ranked(rank)] = min(_error(test, total, columns, w) for w in limited)
     return result
+
+
+def _ranked(rank: int) -> str:
+    return f"{CHOSEN}, rank {rank}"
 
 
 def _moments(rows: Tensor, target: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,20 +161,40 @@ def _moments(rows: Tensor, target: Tensor, chosen: Tensor) -> tuple[Tensor, Tens
     return (x.T @ x).double(), (x.T @ y).double()
 
 
-def _error(
-    fit: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    total: Tensor,
-    columns: list[int],
-    ridge: float,
-) -> float:
+def _solve(fit: tuple[Tensor, Tensor], columns: list[int], ridge: float) -> Tensor:
+    """Return the map [columns, d_out] of one ridge."""
     index = torch.tensor(columns)
     scale = fit[0].diagonal()[index].sqrt().clamp_min(1e-9)
     gram = fit[0][index][:, index] / scale[:, None] / scale
     weight = torch.linalg.solve(
         gram + ridge * torch.eye(len(columns)), fit[1][index] / scale[:, None]
     )
-    weight = weight / scale[:, None]
+    return weight / scale[:, None]
+
+
+def _limited(
+    fit: tuple[Tensor, Tensor], columns: list[int], weight: Tensor, width: int, rank: int
+) -> Tensor:
+    """Return the map with that of the states, behind the first ``width`` rows, of lower rank.
+
+    What the map of x can make up for counts as no loss: the states are taken as far as x does not
+    tell them.
+    """
+    index = torch.tensor(columns)
+    gram = fit[0][index][:, index]
+    told = torch.linalg.lstsq(gram[:width, :width], gram[:width, width:]).solution
+    own = gram[width:, width:] - gram[width:, :width] @ told
+    values, vectors = torch.linalg.eigh((own + own.T) / 2)
+    root = vectors * values.clamp_min(0).sqrt()
+    left, size, right = torch.linalg.svd(root.T @ weight[width:], full_matrices=False)
+    wanted = left[:, :rank] * size[:rank] @ right[:rank]
+    states = torch.linalg.lstsq(root.T, wanted).solution
+    x = weight[:width] + told @ (weight[width:] - states)
+    return torch.cat([x, states])
+
+
+def _error(test: tuple[Tensor, Tensor], total: Tensor, columns: list[int], weight: Tensor) -> float:
+    index = torch.tensor(columns)
     error = total - 2 * (weight * test[1][index]).sum()
     return float((error + (weight * (test[0][index][:, index] @ weight)).sum()) / total)
 

@@ -187,7 +187,6 @@ def observe_forms(
     *,
     progress: bool = True,
     solve: bool = True,
-    guard_tokens: int | None = None,
 ) -> tuple[Calibrated, ...]:
     """Calibrate once and fit the FFNs in several forms, without trials.
 
@@ -198,8 +197,6 @@ def observe_forms(
         forms: What to fit. None fits no FFN.
         progress: See there.
         solve: Solve the maps. Without, only the first pass's moments are taken.
-        guard_tokens: Fit guarded forms on the first batches of this many tokens: they take most
-            passes and fit fewest numbers. By default on all.
 
     Returns:
         One calibration a form; they share the attention maps.
@@ -222,9 +219,7 @@ def observe_forms(
     made = []
     for form in forms:
         own = replace(config, ffn=form)
-        guarded = form is not None and form.guard != "off" and guard_tokens is not None
-        text = _first(batches, guard_tokens or 0) if guarded and solve else batches
-        fits = _fit_ffns(model, text, own, observation, positions, progress) if solve else ()
+        fits = _fit_ffns(model, batches, own, observation, positions, progress) if solve else ()
         made.append(
             Calibrated(
                 observation, candidates, fits, own, sketches, _describe(model), device_of(model)
@@ -245,8 +240,9 @@ def _fit_ffns(
         return ()
     first = {n: s for n, s in observation.ffn.stages.items() if isinstance(s, NeuronStage)}
 
-    def run_pass(stages: Mapping[str, Stage]) -> None:
-        observe_again(model, batches, config, lambda site: stages.get(site.name), progress=progress)
+    def run_pass(stages: Mapping[str, Stage], tokens: int | None = None) -> None:
+        text = batches if tokens is None else _first(batches, tokens)
+        observe_again(model, text, config, lambda site: stages.get(site.name), progress=progress)
 
     sites = observation.ffn.sites
     fits = fit_ffns(sites, first, config.ffn, config.ridge, run_pass)

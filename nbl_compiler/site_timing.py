@@ -8,16 +8,20 @@ passes put in its place; what Inductor would fuse across the cut is therefore no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from nbl_compiler.dumps.values import NodeValues
 from nbl_compiler.lowering.lower import lower
-from nbl_compiler.timing import interleaved
+from nbl_compiler.timing import interleaved, seconds_of
 
 _REPEATS = 7
+_EVICTING_NUMBERS = 2**25
+"""128 MiB: more than any cache."""
 
 
 def time_sites(
@@ -50,6 +54,54 @@ def time_sites(
         timing = interleaved({"before": pieces[0][site], "after": pieces[1][site]}, _REPEATS)
         times[site] = (timing["before"].median, timing["after"].median)
     return times
+
+
+def region_seconds(
+    graph_module: GraphModule,
+    regions: Mapping[str, Sequence[str]],
+    inputs: Sequence[Any],
+    lowering: str = "inductor",
+) -> dict[str, float]:
+    """Return site → median seconds of its region in one graph, its weights not in any cache.
+
+    Regions of the same operations on the same shapes are compiled and timed once.
+
+    Args:
+        graph_module: The graph.
+        regions: Site → names of its nodes.
+        inputs: One value per input of the graph.
+        lowering: As in ``Options``.
+    """
+    cut = {site: _cut(graph_module, names) for site, names in regions.items()}
+    alike = {site: _signature(piece) for site, (piece, _) in cut.items()}
+    first = {signature: site for site, signature in reversed(alike.items())}
+    entering = {node.name for site in first.values() for node in cut[site][1]}
+    seen = NodeValues.on(graph_module, inputs, entering).noted
+    calls = {
+        site: _ready(cut[site][0], [seen[node.name] for node in cut[site][1]], lowering)
+        for site in first.values()
+    }
+    evict = torch.zeros(_EVICTING_NUMBERS)
+    runs: dict[str, list[float]] = {site: [] for site in calls}
+    for _ in range(_REPEATS):
+        for site, call in calls.items():
+            evict.add_(1.0)  # in a model, the other layers' weights have passed in between
+            runs[site].append(seconds_of(call))
+    return {site: median(runs[first[signature]]) for site, signature in alike.items()}
+
+
+def _signature(piece: GraphModule) -> tuple[object, ...]:
+    """Return what the time of a region depends on."""
+
+    position = {node: i for i, node in enumerate(piece.graph.nodes)}
+
+    def of(node: Node) -> tuple[object, ...]:
+        value = node.meta.get("example_value")
+        form = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
+        given = map_arg((node.args, node.kwargs), lambda source: position[source])
+        return node.op, "" if node.op == "placeholder" else str(node.target), form, str(given)
+
+    return tuple(map(of, piece.graph.nodes))
 
 
 def _cut(graph_module: GraphModule, names: Iterable[str]) -> tuple[GraphModule, list[Node]]:

@@ -62,7 +62,7 @@ def test_what_a_plan_costs(folder: Path) -> None:
     assert [row.length for row in ran["found"].lengths] == [64, 128]
 
 
-def test_value_states_and_planning() -> None:
+def test_value_states_planning_and_refit() -> None:
     model = tiny(layers=2)
     batches = [text(batch=8, length=64, seed=seed) for seed in range(4)]
     ran = execute(blocks("docs/value-states.md"), nbl=nbl, model=model, batches=batches)
@@ -70,6 +70,9 @@ def test_value_states_and_planning() -> None:
     assert len(ran["cache"].layers) == 2
     ran = execute(blocks("docs/planning.md"), nbl=nbl, model=model, batches=batches)
     assert len(ran["cheaper"].rewritten) == 1
+    plan = nbl.calibrate(model, batches, progress=False)
+    ran = execute(blocks("docs/refit.md"), nbl=nbl, model=model, batches=batches, plan=plan)
+    assert [s.name for s in ran["better"].rewritten] == [s.name for s in plan.rewritten]
 
 
 def test_the_readme_s_ten_lines(

@@ -106,6 +106,7 @@ def plan_for_budget(
     context: Annotated[int, typer.Option(help="Tokens in the cache, or in the prompt.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 1,
     phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    measure: Annotated[bool, typer.Option("--measure", help="Time every kind of site.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the front, as front.svg.")] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -124,9 +125,8 @@ def plan_for_budget(
         check_folder(plot)
     loaded, tokenizer = load_causal(model, dtype, device)
     documents = TextSource(text, split, column).documents()
-    front = run(
-        loaded, token_batches(documents, tokenizer, tokens=tokens), budget, progress=not quiet
-    )
+    batches = token_batches(documents, tokenizer, tokens=tokens)
+    front = run(loaded, batches, budget, measure=measure, progress=not quiet)
     front.plan.save(plan)
     if plot is not None:
         front.save_plot(plot)

@@ -7,8 +7,9 @@ the fit depends on the fit, so slopes and choice are refined in turns (``lowerin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -32,7 +33,15 @@ from nbl_compiler.solvers.folding import FFNWeights
 DEFAULT_CAPACITY = 0.05
 _EVERY_NEURON = -1.0  # a threshold that flags all: the capacity alone decides
 
-RunPass = Callable[[Mapping[str, Stage]], None]
+SLOPE_TOKENS = 8192
+"""Tokens that slopes are fitted on, nine sums a neuron: the map is fitted on all."""
+
+
+class RunPass(Protocol):
+    """Runs the model over the text once more."""
+
+    def __call__(self, stages: Mapping[str, Stage], tokens: int | None = None) -> None:
+        """Add up what the stages want, of the first ``tokens`` tokens or of all."""
 
 
 @dataclass
@@ -61,7 +70,7 @@ def fit_predicted(
     }
     for turn in range(TURNS + 1):
         slopes = {n: SlopeStage(s.guarded, everything=turn == 0) for n, s in states.items()}
-        run_pass(slopes)
+        run_pass(slopes, SLOPE_TOKENS)
         for name, state in states.items():
             state.guarded = with_slopes(state.guarded, slopes[name].slopes())
     targets = {n: TargetStage(s.guarded, s.kept_weights, n) for n, s in states.items()}

@@ -115,7 +115,15 @@ def reference(site: GuardedFFN, x: Tensor) -> GuardedOutput:
 
 def _within_capacity(candidates: Tensor, score: Tensor, capacity: int) -> Tensor:
     """The ``capacity`` candidates of the largest score per token; of equals, the first."""
+    if capacity == 0:
+        return torch.zeros_like(candidates)
     key = torch.where(candidates, score, -1.0)
+    ranked = torch.where(key.isnan(), torch.inf, key)  # NaN counts as the largest
+    least = ranked.topk(capacity, sorted=False).values.amin(-1, keepdim=True)
+    chosen = candidates & (ranked >= least)
+    if bool((chosen.sum(-1) <= capacity).all()):
+        return chosen
+    # Equal scores at the limit: a sort, several times slower, tells which comes first.
     order = key.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(candidates).scatter(-1, order[:, :capacity], True)
 

@@ -2,13 +2,14 @@
 
 The step is traced as it will run: with a static cache of the wanted length, all sites dense; then
 for each setting with a plan that uses it everywhere it can, and the cache of that plan. Rates are
-those of this machine (``nbl_compiler.cost``).
+those of this machine (``nbl_compiler.cost``); or each site's region is compiled and timed, and only
+the rest of the step goes by the roofline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.planning.budget import Budget
 from nbl_compiler.plans import Plan
-from nbl_compiler.site_rows import Snapshots, site_rows
+from nbl_compiler.site_rows import SiteRow, Snapshots, site_rows
+from nbl_compiler.site_timing import region_seconds
 from nbl_compiler.speed import set_length, set_up
 
 
@@ -44,8 +46,17 @@ class StepCost:
     after: Mapping[str, float]
 
 
-def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepCost:
+def step_cost(
+    model: Any, plan: Plan, budget: Budget, machine: Machine, *, measure: bool = False
+) -> StepCost:
     """Trace one step of the model with a plan and return its cost.
+
+    Args:
+        model: The model.
+        plan: Without rewritten sites for the dense model.
+        budget: Says which step.
+        machine: Its rates.
+        measure: Compile and time the sites.
 
     Raises:
         ConfigError: if the model cannot run such a step.
@@ -60,15 +71,21 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
         rows = site_rows(0, snapshots, runs, copy, plan)
         work = {w.node: machine.seconds(w) for w in graph_cost(copy).work}
         regions = [row for row in rows if row.state != "rejected"]
-        parts.append(
-            StepCost(
-                dense,
-                sum(work.values()),
-                {r.site: sum(work.get(n.name, 0.0) for n in r.before.nodes) for r in regions},
-                {r.site: r.after.seconds(machine) for r in regions if r.state == "rewritten"},
-            )
+        cost = StepCost(
+            dense,
+            sum(work.values()),
+            {r.site: sum(work.get(n.name, 0.0) for n in r.before.nodes) for r in regions},
+            {r.site: r.after.seconds(machine) for r in regions if r.state == "rewritten"},
         )
-        return lambda *values: copy(*values, *lifted_tensors(copy))
+
+        def run(*values: Any) -> Any:
+            every = (*values, *lifted_tensors(copy))
+            traced = private_copy(graph_module)
+            graphs, inputs = (traced, copy), (values, every)
+            parts.append(_measured(cost, regions, graphs, inputs, machine) if measure else cost)
+            return copy(*every)
+
+        return run
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -82,6 +99,38 @@ def step_cost(model: Any, plan: Plan, budget: Budget, machine: Machine) -> StepC
         sum(p.total for p in parts),
         {site: seconds for p in parts for site, seconds in p.before.items()},
         {site: seconds for p in parts for site, seconds in p.after.items()},
+    )
+
+
+def _measured(
+    cost: StepCost,
+    rows: Sequence[SiteRow],
+    graphs: tuple[GraphModule, GraphModule],
+    inputs: tuple[Sequence[Any], Sequence[Any]],
+    machine: Machine,
+) -> StepCost:
+    """Return the cost with measured seconds in place of the roofline's, for the sites.
+
+    Args:
+        cost: By the roofline.
+        rows: The sites.
+        graphs: As traced, and after the passes.
+        inputs: Values for both.
+        machine: Its rates.
+    """
+    done = {r.site: [n.name for n in r.after.nodes] for r in rows if r.state == "rewritten"}
+    if done:  # of a plan only what it puts in place is asked for
+        return replace(cost, after=region_seconds(graphs[1], done, inputs[1]))
+    names = {row.site: [n.name for n in row.before.nodes] for row in rows}
+    by_inductor, by_nbl = (
+        region_seconds(graph, names, values) for graph, values in zip(graphs, inputs, strict=True)
+    )
+    traced = sum(row.before.seconds(machine) for row in rows)
+    return StepCost(
+        cost.dense - traced + sum(by_inductor.values()),
+        cost.total - sum(cost.before.values()) + sum(by_nbl.values()),
+        by_nbl,
+        {},
     )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nbl_compiler.errors import ConfigError, NBLWarning
 from nbl_compiler.planning.budget import Budget
+from nbl_compiler.planning.search import Choice
 from nbl_compiler.plans import Plan
 from nbl_compiler.report import render
 
@@ -52,6 +53,7 @@ class Front:
         chosen: Index of the point that the budget picks.
         plan: Its plan.
         plan_at: Returns the plan of the point with an index.
+        tried: What every setting of every site saves, and what it costs alone.
     """
 
     points: tuple[Point, ...]
@@ -59,6 +61,7 @@ class Front:
     chosen: int
     plan: Plan
     plan_at: Callable[[int], Plan] = field(repr=False)
+    tried: tuple[Choice, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return render(self.table())
@@ -78,6 +81,19 @@ class Front:
             )  # fmt: skip
         return table
 
+    def sites_table(self) -> Table:
+        """Return one row a site and setting: what it saves, and what it costs alone."""
+        table = Table(title="each site alone", title_justify="left")
+        table.add_column("site")
+        table.add_column("setting")
+        table.add_column("ms less a step", justify="right")
+        table.add_column("loss", justify="right")
+        for choice in self.tried:
+            table.add_row(
+                choice.site, choice.setting, f"{1e3 * choice.seconds:.3f}", f"{choice.loss:.4f}"
+            )
+        return table
+
     def as_json(self) -> dict[str, Any]:
         """Return everything but the plan's tensors as plain values."""
         return {
@@ -85,6 +101,7 @@ class Front:
             "chosen": self.chosen,
             "digest": self.plan.digest,
             "points": [vars(point) for point in self.points],
+            "sites": [vars(choice) for choice in self.tried],
         }
 
     def save_plot(self, path: str | PathLike[str]) -> None:

@@ -31,8 +31,6 @@ from nbl_compiler.trial_text import kinds_of_text
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
-# Tokens that guarded FFNs are fitted on (docs/measurements.md: 4,096 suffice for a good fit).
-GUARD_TOKENS = 6144
 # The front goes on to this many times the budget, so that a user sees what more would cost.
 BEYOND = 3.0
 
@@ -52,6 +50,7 @@ def plan(
     budget: Budget,
     space: Space | None = None,
     *,
+    measure: bool = False,
     progress: bool = True,
 ) -> Front:
     """Find the fastest plan within a loss, or the best plan of a speed; attach it to the model.
@@ -59,13 +58,16 @@ def plan(
     Every site is calibrated in every setting on one part of the text. On the rest each is tried
     alone, and then together with others on the way from the dense model to the fastest: the loss
     of every point is measured, all its changes at once. What a setting saves comes from the bytes
-    and the arithmetic of the step that the budget names, at rates measured on this machine.
+    and the arithmetic of the step that the budget names, at rates measured on this machine, or is
+    measured site by site.
 
     Args:
         model: In eval mode; as for ``nbl.calibrate``, which also says what may go wrong.
         batches: See there. Gone through once, and once more for each form of FFNs without a guard.
         budget: What to reach.
         space: The settings to choose from.
+        measure: Compile every kind of site in every setting, and time it. Takes a minute or more,
+            and twice the model's memory.
         progress: Show progress bars.
 
     Returns:
@@ -83,15 +85,18 @@ def plan(
     form = space.ffns[0] if space.ffns else None
     config = Config(space.attention, form, space.ridge, space.holdout, space.seed)
     forms = space.ffns or (None,)
-    found = observe_forms(model, kept, config, forms, progress=progress, guard_tokens=GUARD_TOKENS)
+    found = observe_forms(model, kept, config, forms, progress=progress)
     settings = _settings(found, space)
     if not any(setting.sites for setting in settings):
         raise CalibrationError("no site of this model can be rewritten by any of the settings")
     machine = measure_machine()
-    dense = step_cost(model, Plan(), budget, machine)
-    costs = {s.name: step_cost(model, _plan(found, s.sites), budget, machine) for s in settings}
+    dense = step_cost(model, Plan(), budget, machine, measure=measure)
+    costs = {
+        s.name: step_cost(model, _plan(found, s.sites), budget, machine, measure=measure)
+        for s in settings
+    }
     trial = _trial(model, found[0], aside, residual=_reads_residual(space))
-    states = _search(settings, dense, costs, trial, budget, progress)
+    tried, states = _search(settings, dense, costs, trial, budget, progress)
     front = pareto(states)
     points = tuple(_point(state, _loss(state, trial), settings, dense) for state in front)
 
@@ -101,7 +106,7 @@ def plan(
     chosen = pick(points, budget)
     made = plan_at(chosen)
     attach(model, made)
-    return Front(points, budget, chosen, made, plan_at)
+    return Front(points, budget, chosen, made, plan_at, tuple(tried))
 
 
 def _reads_residual(space: Space) -> bool:
@@ -161,8 +166,8 @@ def _search(
     trial: Trial,
     budget: Budget,
     progress: bool,
-) -> list[State]:
-    """Measure every choice alone, and walk from the dense model on."""
+) -> tuple[list[Choice], list[State]]:
+    """Measure every choice alone, and walk from the dense model on; return both."""
     by_name = {setting.name: setting for setting in settings}
 
     def measure(choices: Mapping[str, Choice], kinds: int | None = None) -> float:
@@ -192,7 +197,7 @@ def _search(
                 choices.append(replace(choice, loss=measure({site: choice}, kinds)))
         states = search(choices, measure, enough)
     trial.release()
-    return states
+    return choices, states
 
 
 def _loss(state: State, trial: Trial) -> float:

@@ -10,8 +10,10 @@ import torch
 import torch._dynamo
 from helpers.tiny import text, tiny
 from torch import nn
+from torch.fx import GraphModule
 
 import nbl_compiler as nbl
+from nbl_compiler import site_timing
 from nbl_compiler.cost import Machine
 from nbl_compiler.errors import ConfigError, NBLWarning
 from nbl_compiler.planning.costs import step_cost
@@ -114,6 +116,37 @@ def test_a_longer_context_makes_attention_worth_more() -> None:
     heads, width, tensors, layers = 2, 8, 2, 3
     cached = (112 - 16) * heads * width * tensors * 4 * layers / 1e9
     assert long - short > cached
+
+
+def test_measured_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites of one kind are timed once; what is measured takes the roofline's place."""
+    model, batches, _ = planned()
+    config = nbl.Config(nbl.Attention(layers=(0, 1, 2)), nbl.FFN(layers=(0, 1, 2), keep=0.25))
+    plan = nbl.calibrate(model, batches, config, progress=False)
+    pieces: list[GraphModule] = []
+
+    def compiled_in_a_moment(piece: GraphModule, values: list[Any], _: str) -> Any:
+        pieces.append(piece)
+        with torch.no_grad():
+            assert piece(*values)  # the region runs on the values that enter it
+        return lambda: None
+
+    clock = iter(range(10_000))
+    monkeypatch.setattr(site_timing, "_ready", compiled_in_a_moment)
+    monkeypatch.setattr(site_timing, "seconds_of", lambda _: float(next(clock)))
+    machine = Machine(1e9, 1e12, 1e9)
+    budget = nbl.Budget(speedup=2.0, context=32)
+    dense = step_cost(model, Plan(), budget, machine, measure=True)
+    assert len(pieces) == 4  # attention and FFN, by Inductor alone and by this backend
+    assert len(set(dense.before.values())) == 2
+    assert len(dense.before) == 6
+    plain = step_cost(model, Plan(), budget, machine)
+    measured, roofline = (sum(cost.before.values()) for cost in (dense, plain))
+    assert dense.total - measured == pytest.approx(plain.total - roofline)
+    pieces.clear()
+    made = step_cost(model, plan, budget, machine, measure=True)
+    assert len(pieces) == 2
+    assert set(made.after) == set(dense.before)
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:
