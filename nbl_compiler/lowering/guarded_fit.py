@@ -23,9 +23,6 @@ TURNS = 3
 MIN_TOKENS = 16
 """A neuron that fewer tokens leave folded keeps its slopes: they hardly matter then."""
 
-_BLOCK = 64
-"""Rows that are summed in float32: the rounding of their sum is a few times that of one product."""
-
 RELATIVE_RIDGE = 1e-6
 """Added to the variances of g and u: where they are collinear, the slopes are not determined."""
 
@@ -59,13 +56,15 @@ class SlopeMoments:
 
     def observe(self, gate: Tensor | None, up: Tensor, hidden: Tensor, folded: Tensor) -> None:
         """Add tokens: all [tokens, f]; ``folded`` (bool) marks the neurons that stay folded."""
-        variables = (up, hidden) if gate is None else (gate, up, hidden)
-        self.count += folded.sum(0)
+        known = (up, hidden) if gate is None else (gate, up, hidden)
+        variables = [v.double() for v in known]
+        weight = folded.double()
+        self.count += weight.sum(0)
         for row, first in enumerate(variables):
-            weighted = folded * first
-            self.sums[row] += _summed(weighted)
+            weighted = weight * first
+            self.sums[row] += weighted.sum(0)
             for column in range(row + 1):
-                product = _summed(weighted * variables[column])
+                product = (weighted * variables[column]).sum(0)
                 self.products[row, column] += product
                 if column != row:
                     self.products[column, row] += product
@@ -99,14 +98,6 @@ class SlopeMoments:
         gate = torch.where(enough, found[0], former_gate) if self.gated else None
         up = torch.where(enough, found[-1], former.up)
         return Slopes(gate, up, torch.where(enough, intercept, former.intercept))
-
-
-def _summed(rows: Tensor) -> Tensor:
-    """Return the sum of rows [n, f] in float64, [f]; few rows at a time in their own dtype."""
-    whole = rows.shape[0] // _BLOCK * _BLOCK
-    blocks = rows[:whole].unflatten(0, (-1, _BLOCK)).sum(1)
-    total: Tensor = blocks.double().sum(0) + rows[whole:].double().sum(0)
-    return total
 
 
 def fold_slopes(site: GuardedFFN) -> tuple[Tensor, Tensor]:

@@ -54,8 +54,7 @@ class Budget:
 def _default_ffns() -> tuple[FFN, ...]:
     return (
         FFN(keep=0.5),
-        FFN(keep=0.25),
-        FFN(keep=0.0, guard="predicted", capacity=0.3, values="predicted"),
+        FFN(keep=0.0, guard="predicted", capacity=0.2),
     )
 
 

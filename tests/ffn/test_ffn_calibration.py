@@ -44,6 +44,10 @@ import nbl_compiler as nbl
 from nbl_compiler.errors import (
     CalibrationError,
 )
+from nbl_compiler.ffn import predicted
+from nbl_compiler.ffn.sites import FFNRows
+from nbl_compiler.ffn.stages import ErrorStage, SlopeStage, TargetStage
+from nbl_compiler.lowering.guarded_fit import TURNS
 
 # Float32 rounding of products of other blocks, times the condition of the fit.
 FIT_TOLERANCE = 1e-4
@@ -330,3 +334,28 @@ def test_keeping_more_neurons_costs_less_error() -> None:
     errors = [folded(own_model(False), keep=keep).sites[0].nmse for keep in (0.0, 0.3, 0.6, 1.0)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > errors[3] == 0
+
+
+def test_slopes_take_the_first_tokens_and_the_map_takes_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many batches as hold ``SLOPE_TOKENS``; a fit of nine sums a neuron needs no more."""
+    seen: dict[type, int] = {}
+    for kind in (SlopeStage, TargetStage, ErrorStage):
+
+        def add(self: Any, rows: FFNRows, *, held: bool, own: Any = kind.add) -> None:
+            seen[type(self)] = seen.get(type(self), 0) + rows.x.shape[0]
+            own(self, rows, held=held)
+
+        monkeypatch.setattr(kind, "add", add)
+    monkeypatch.setattr(predicted, "SLOPE_TOKENS", 200)
+    form = nbl.FFN(layers=(1,), keep=0, guard="predicted", capacity=0.3)
+    nbl.calibrate(tiny(), texts(4), nbl.Config(None, form), progress=False)
+    batch = texts(1)[0].numel()
+    assert batch < 200 < 2 * batch
+    sites = 2  # both FFNs are fitted, one is taken
+    assert seen == {
+        SlopeStage: (TURNS + 1) * 2 * batch * sites,
+        TargetStage: 4 * batch * sites,
+        ErrorStage: 4 * batch * sites,
+    }

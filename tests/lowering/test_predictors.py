@@ -249,7 +249,8 @@ def test_turns_of_fitting_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> No
     one = FFNSite("site", weights, (), 0)
     exact = dense_output(site, held)
 
-    def run_pass(stages: Mapping[str, Stage]) -> None:
+    def run_pass(stages: Mapping[str, Stage], tokens: int | None = None) -> None:
+        del tokens  # all there are
         for x, is_held in (*((x, False) for x in inputs), (held, True)):
             rows = FFNRows(x, hidden_product(weights, x), dense_output(site, x))
             stages["site"].add(rows, held=is_held)
