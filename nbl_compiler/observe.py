@@ -30,6 +30,7 @@ from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.graph_tools import Topology, shape_of
 from nbl_compiler.passes.match_attention import MatchAttention
+from nbl_compiler.passes.own_weights import OwnWeights, own_weights
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.passes.sites import AttentionMatch, load_matches
@@ -48,6 +49,7 @@ class SiteMoments:
         train: Moments of the rows to fit.
         holdout: Moments of the held-out rows.
         states: Value states that stand behind the map's own input in the rows of x.
+        own: The site's own value and output weights, where they are known.
         details: Plain facts about the site, for the plan.
         weights: Sketches of the weights that the site's region reads.
     """
@@ -55,6 +57,7 @@ class SiteMoments:
     train: Moments
     holdout: Moments
     states: States = NO_STATES
+    own: OwnWeights | None = None
     details: dict[str, Any] = field(default_factory=dict)
     weights: tuple[Sketch, ...] = ()
 
@@ -78,9 +81,13 @@ class _SiteObserver:
     """Receives the rows of one site."""
 
     def __init__(
-        self, details: dict[str, Any], weights: tuple[Sketch, ...], states: States
+        self,
+        details: dict[str, Any],
+        weights: tuple[Sketch, ...],
+        states: States,
+        own: OwnWeights | None,
     ) -> None:
-        self._details, self._weights = details, weights
+        self._details, self._weights, self._own = details, weights, own
         self.states, self._looks_back = states, True
         self._buffers: tuple[BufferedMoments, BufferedMoments] | None = None
 
@@ -115,7 +122,7 @@ class _SiteObserver:
             details["no_states"] = "its attention is not causal"
             own = torch.arange(details["width_in"], device=train.xx.device)
             train, holdout, states = train.of_inputs(own), holdout.of_inputs(own), NO_STATES
-        return SiteMoments(train, holdout, states, details, self._weights)
+        return SiteMoments(train, holdout, states, self._own, details, self._weights)
 
     def release(self) -> None:
         self._buffers = None
@@ -204,7 +211,8 @@ class Observer:
             read = [values[w.name] for w in found.weights if w.name in values]
             weights = tuple(sketch(w) for w in read if isinstance(w, nn.Parameter))
             details = self._details(graph_module, found, source)
-            self._sites[site] = _SiteObserver(details, weights, possible)
+            own = None if self._use_residual else own_weights(graph_module, found, values)
+            self._sites[site] = _SiteObserver(details, weights, possible, own)
         observer = self._sites[site]
         if possible != observer.states:
             raise CalibrationError(

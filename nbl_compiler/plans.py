@@ -46,7 +46,8 @@ class Site:
             ``docs/passes/fold_ffn.md``). Empty otherwise.
         inputs: For a rewritten site the calibrated distribution of what its map reads, per
             component (``nbl_compiler.monitoring.statistics``). Empty in plans of older releases.
-        details: Plain numbers, strings and lists: ``input``, ``ridge``, ``rank``, ``tokens``,
+        details: Plain numbers, strings and lists: ``input``, ``ridge``, ``prior`` (what the ridge
+            shrinks towards: ``"zero"`` or ``"own weights"``), ``rank``, ``tokens``,
             ``width_in``, ``width_out``, ``parameters`` (how many the region reads),
             ``parameters_read`` (of a folded FFN, for one token), and ``weights`` (which of the
             plan's fingerprint they are).

@@ -18,7 +18,9 @@ from nbl_compiler.ffn.sites import FFNFit
 from nbl_compiler.monitoring.statistics import input_statistics
 from nbl_compiler.observe import Observation, SiteMoments
 from nbl_compiler.passes.base import Rejected
+from nbl_compiler.passes.own_weights import OwnWeights
 from nbl_compiler.plans import Decision, Site
+from nbl_compiler.solvers.attention_prior import attention_prior
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 from nbl_compiler.solvers.moments import Moments
@@ -127,19 +129,19 @@ def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
     own = train
     if site.states:
         own = train.of_inputs(torch.arange(width, device=train.xx.device))
-        chosen, fit = _fit_states(train, holdout, width, site.states, config)
+        chosen, fit = _fit_states(site, width, config)
     else:
-        chosen, fit = NO_STATES, fit_linear(train, holdout, config.ridge)
+        prior = _prior(train, site.own)
+        chosen, fit = NO_STATES, fit_linear(train, holdout, config.ridge, prior)
     count = max(own.count, 1)
     variance = own.xx.diagonal() / count - (own.sum_x / count).square()
     inputs = input_statistics(own.mean_x, variance)
     return Candidate(name, fit, cca_bound(own), site.details, chosen, inputs=inputs)
 
 
-def _fit_states(
-    train: Moments, holdout: Moments, width: int, seen: States, config: Config
-) -> tuple[States, LinearFit]:
+def _fit_states(site: SiteMoments, width: int, config: Config) -> tuple[States, LinearFit]:
     """Return the states that earn their place by the held-out error, and the fit with them."""
+    train, seen = site.train, site.states
     each = (train.xx.shape[0] - width) // seen.vectors
     best: tuple[float, States, LinearFit] | None = None
     for states in _subsets(seen):
@@ -150,12 +152,18 @@ def _fit_states(
         if states.averages:
             kept |= columns >= width + seen.taps * each
         some = columns[kept]
-        fit = fit_linear(train.of_inputs(some), holdout.of_inputs(some), config.ridge)
+        part = train.of_inputs(some)
+        prior = _prior(part, site.own)
+        fit = fit_linear(part, site.holdout.of_inputs(some), config.ridge, prior)
         cost = (fit.holdout_nmse + NEGLIGIBLE) * (1 + PRICE_OF_A_STATE * states.vectors)
         if best is None or cost < best[0]:
             best = (cost, states, fit)
     assert best is not None
     return best[1:]
+
+
+def _prior(moments: Moments, own: OwnWeights | None) -> Tensor | None:
+    return None if own is None else attention_prior(moments, own.value, own.output)
 
 
 def _subsets(seen: States) -> list[States]:
@@ -277,6 +285,7 @@ def attention_site(candidate: Candidate, replace: bool, reason: str) -> Site:
     details = {
         **candidate.details,
         "ridge": fit.ridge,
+        "prior": "own weights" if fit.shrunk_to_prior else "zero",
         "rank": fit.rank,
         "width_in": width,
         "width_out": fit.weight.shape[0],

@@ -116,6 +116,7 @@ def _build(name: str, anchor: Anchor, region: _Region, topology: Topology) -> At
         cache_writes=region.cache.writes,
         cache_appends=region.cache.appends,
         weights=tuple(sorted(weights, key=topology.position.__getitem__)),
+        mixed=anchor.result,
         value_path=find_value_path(region.hidden.node, anchor.operands, anchor.result, topology),
     )
 

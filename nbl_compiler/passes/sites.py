@@ -28,6 +28,7 @@ class AttentionMatch:
         cache_writes: In-place writes of keys and values into cache tensors.
         cache_appends: Concatenations of a cache tensor with new keys or values.
         weights: The parameters the region reads, in graph order.
+        mixed: What attention mixed of the values, [B, heads, T, head size].
         value_path: Where its values are, or why a map cannot read them.
     """
 
@@ -40,6 +41,7 @@ class AttentionMatch:
     cache_writes: tuple[Node, ...]
     cache_appends: tuple[Node, ...]
     weights: tuple[Node, ...]
+    mixed: Node
     value_path: ValuePath | str
 
 

@@ -1,6 +1,8 @@
 """The linear minimum mean squared error map of NBL (arXiv 2505.21077, section 3.1) and its errors.
 
-    W = C_YX (C_XX + ρ diag C_XX)⁻¹,   b = E[Y] − W E[X]
+    W = W₀ + (C_YX − W₀ C_XX) (C_XX + ρ diag C_XX)⁻¹,   b = E[Y] − W E[X]
+
+with W₀ = 0, or a prior, whichever leaves less error on held-out rows.
 
 Solved in float64 in the eigenbasis of the correlation matrix of x, in which every ridge ρ costs
 one d × d product; so ρ can be chosen on held-out rows. Directions that the data never showed are
@@ -9,6 +11,7 @@ left out, which makes fewer rows than dimensions harmless.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +45,7 @@ class LinearFit:
         holdout_nmse: The same on held-out rows, or estimated from the training rows by
             generalised cross-validation where there are none.
         ridge: The ρ that was used.
+        shrunk_to_prior: Whether the ridge is towards the prior, not towards zero.
         rank: Number of directions of x above the eigenvalue floor.
     """
 
@@ -51,6 +55,7 @@ class LinearFit:
     holdout_nmse: float
     ridge: float
     rank: int
+    shrunk_to_prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ def whiten(products: Tensor, mean: Tensor, count: int) -> Whitening:
 
 
 def fit_linear(
-    train: Moments, holdout: Moments | None = None, ridge: float | Literal["auto"] = "auto"
+    train: Moments,
+    holdout: Moments | None = None,
+    ridge: float | Literal["auto"] = "auto",
+    prior: Tensor | None = None,
 ) -> LinearFit:
     """Return the best affine map from x to y.
 
@@ -105,23 +113,51 @@ def fit_linear(
         train: Moments of the rows to fit.
         holdout: Moments of other rows, which choose the ridge and report the error.
         ridge: ρ ≥ 0, relative to each input's variance, or ``"auto"``.
+        prior: W₀ [d_out, d]; it is used if that lowers the held-out error.
     """
     own = train.centred()
-    basis = _basis(own)
+    white = whiten(own.xx, own.shift_x, own.count)
     usable = holdout if holdout is not None and holdout.count >= MIN_HOLDOUT_ROWS else None
-    error = _CrossValidation(basis, own) if usable is None else _HoldoutError(basis, own, usable)
+    plain = _fit_towards(None, own, white, usable, ridge)
+    if prior is None:
+        return plain
+    informed = _fit_towards(prior.to(own.xx), own, white, usable, ridge)
+    return informed if informed.holdout_nmse < plain.holdout_nmse else plain
+
+
+def _fit_towards(
+    prior: Tensor | None,
+    own: Moments,
+    white: Whitening,
+    holdout: Moments | None,
+    ridge: float | Literal["auto"],
+) -> LinearFit:
+    """Fit what a prior leaves of y, or all of it; errors are relative to y itself."""
+    left = own if prior is None else own.residual(prior)
+    basis = _basis(left, white)
+    total, rows = float(own.yy.sum()) / max(own.count, 1), own.shift_y
+    error: Callable[[float], float]
+    if holdout is None:
+        error = _CrossValidation(basis, left, total, rows)
+    else:
+        other = holdout if prior is None else holdout.residual(prior)
+        total_held = float(holdout.centred().yy.sum()) / holdout.count
+        error = _HoldoutError(basis, left, other, total_held, holdout.mean_y)
     chosen = min(RIDGES, key=error) if ridge == "auto" else float(ridge)
     shrunk = basis.coefficients * _inverse(basis.eigenvalues, chosen)
     weight = shrunk @ basis.transform.T
-    total = float(own.yy.sum()) / max(own.count, 1)
+    energy = float(left.yy.sum()) / max(own.count, 1)
     explained = float((shrunk * (2 * basis.coefficients - shrunk * basis.eigenvalues)).sum())
+    if prior is not None:
+        weight = weight + prior
     return LinearFit(
         weight=weight,
         bias=own.shift_y - weight @ own.shift_x,
-        nmse=_ratio(total - explained, total, own.shift_y),
+        nmse=_ratio(energy - explained, total, own.shift_y),
         holdout_nmse=error(chosen),
         ridge=chosen,
         rank=basis.eigenvalues.numel(),
+        shrunk_to_prior=prior is not None,
     )
 
 
@@ -130,8 +166,7 @@ def _inverse(eigenvalues: Tensor, ridge: float) -> Tensor:
     return 1.0 / (eigenvalues + ridge)
 
 
-def _basis(centred: Moments) -> _Basis:
-    white = whiten(centred.xx, centred.shift_x, centred.count)
+def _basis(centred: Moments, white: Whitening) -> _Basis:
     coefficients = centred.yx / max(centred.count, 1) @ white.transform
     return _Basis(white.transform, white.eigenvalues, coefficients)
 
@@ -139,7 +174,9 @@ def _basis(centred: Moments) -> _Basis:
 class _HoldoutError:
     """NMSE on held-out rows as a function of the ridge, one r × r product a call."""
 
-    def __init__(self, basis: _Basis, train: Moments, holdout: Moments) -> None:
+    def __init__(
+        self, basis: _Basis, train: Moments, holdout: Moments, total: float, mean: Tensor
+    ) -> None:
         about = holdout.about(train.shift_x, train.shift_y, holdout.shift_t)
         n = about.count
         a = basis.coefficients
@@ -147,8 +184,7 @@ class _HoldoutError:
         self._square = (a.T @ a) * (basis.transform.T @ (about.xx / n) @ basis.transform)
         self._cross = (a * (about.yx / n @ basis.transform)).sum(0)
         self._energy = float(about.yy.sum()) / n
-        self._total = float(holdout.centred().yy.sum()) / n
-        self._mean = holdout.mean_y
+        self._total, self._mean = total, mean
 
     def __call__(self, ridge: float) -> float:
         s = _inverse(self._eigenvalues, ridge)
@@ -159,15 +195,15 @@ class _HoldoutError:
 class _CrossValidation:
     """Generalised cross-validation (Golub, Heath and Wahba 1979) on the training rows."""
 
-    def __init__(self, basis: _Basis, train: Moments) -> None:
+    def __init__(self, basis: _Basis, train: Moments, total: float, mean: Tensor) -> None:
         self._basis, self._count = basis, max(train.count, 1)
-        self._total = float(train.yy.sum()) / self._count
-        self._mean = train.shift_y
+        self._energy = float(train.yy.sum()) / self._count
+        self._total, self._mean = total, mean
 
     def __call__(self, ridge: float) -> float:
         values, a = self._basis.eigenvalues, self._basis.coefficients
         shrunk = a * _inverse(values, ridge)
-        error = self._total - float((shrunk * (2 * a - shrunk * values)).sum())
+        error = self._energy - float((shrunk * (2 * a - shrunk * values)).sum())
         freedom = 1 + float((values * _inverse(values, ridge)).sum())
         left = 1 - freedom / self._count
         if left <= 0:

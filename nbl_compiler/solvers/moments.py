@@ -146,6 +146,21 @@ class Moments:
             tx=self.tx[:, chosen],
         )
 
+    def residual(self, weight: Tensor) -> Moments:
+        """Return the moments of (x, y − weight x); what is known of t is left as it is.
+
+        Args:
+            weight: [d_out, d].
+        """
+        explained = weight @ self.xx
+        return replace(
+            self,
+            shift_y=self.shift_y - weight @ self.shift_x,
+            sum_y=self.sum_y - weight @ self.sum_x,
+            yx=self.yx - explained,
+            yy=self.yy - 2 * (weight * self.yx).sum(1) + (weight * explained).sum(1),
+        )
+
     def centred(self) -> Moments:
         """Return the moments about their own means."""
         if self.count == 0:
