@@ -321,7 +321,7 @@ def all_but_last(
 def _tokens(batch: Batch) -> int:
     """Return how many tokens a batch holds, padding included."""
     if isinstance(batch, Tensor):
-        return batch.numel()
+        return batch.shape[:2].numel()  # ids [T] or [B, T], or embedded tokens [B, T, d]
     values = batch.values() if isinstance(batch, Mapping) else batch
     first = next((v for v in values if isinstance(v, Tensor)), None)
     return 0 if first is None else first.shape[:2].numel()
