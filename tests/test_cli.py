@@ -169,7 +169,7 @@ def test_explain_writes_a_report_to_open(monkeypatch, capsys, folder, tmp_path):
         (("plan", "{folder}", "{tmp}/p", "--max-loss", "much"), "'much' is no share: give 2%"),
         (("plan", "{folder}", "{tmp}/p"), "give either max_loss or speedup"),
         (("plan", "{folder}", "{tmp}/none/p", "--speedup", "2"), "does not exist"),
-        (("refit", "{folder}", "{tmp}/none", "{tmp}/p2"), "{tmp}/none"),
+        (("refit", "{folder}", "{tmp}/none", "{tmp}/p2"), "/none"),
         (("eval", "{folder}", "{tmp}/missing.safetensors"), "no plan at"),
         (("bench", "{folder}", "{folder}/model.safetensors"), "holds no nbl plan"),
     ],
