@@ -9,69 +9,52 @@ as input, the order of the CCA bound, no ridge), which takes a calibration of it
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from typing import Any
 
+from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
-from without_bos import WithoutBOS
 
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import Attention, Config
 from nbl_compiler.evaluation.dropping import dropping
-from nbl_compiler.evaluation.perplexity import perplexity_of
-from nbl_compiler.models import load_causal
 from nbl_compiler.plans import Plan
-from nbl_compiler.text import TextSource, token_batches
 
 
 def main() -> None:
     """Print one table: m, perplexity, ratio to dense, and the same for dropping."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--eval-text", default="python-docs")
-    parser.add_argument("--tokens", type=int, default=81_920)
-    parser.add_argument("--eval-tokens", type=int, default=8_192)
+    parser = arguments(__doc__, tokens=81_920, eval_tokens=8_192)
     parser.add_argument("--counts", default="2,4,8")
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
     parser.add_argument("--taps", type=int, default=0)
     parser.add_argument("--paper", action="store_true", help="also the published recipe")
-    parser.add_argument("--without-bos", action="store_true", help="no row opens with BOS")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model, tokenizer = load_causal(args.model)
-    if args.without_bos:
-        tokenizer = WithoutBOS(tokenizer)
-    batches = list(token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens))
+    subject = load(args)
+    model, batches = subject.model, subject.batches()
     counts = [int(item) for item in args.counts.split(",")]
     attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by, taps=args.taps)
     calibrated = observe_model(model, batches, Config(attention=attention))
-    documents = list(TextSource(args.eval_text).documents())
-
-    def measure(plan: Plan) -> float:
-        return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
-
     published = None
     if args.paper:
         recipe = Attention(count=max(counts), input="residual", rank_by="cca")
         published = observe_model(model, batches, Config(attention=recipe, ridge=0.0))
-    dense = measure(Plan())
+    dense = subject.perplexity(Plan())
     rows: list[dict[str, Any]] = []
     for count in counts:
         plan = calibrated.plan(replace(attention, count=count))
         row: dict[str, Any] = {
             "m": count,
-            "nbl": measure(plan),
-            "dropped": measure(dropping(plan)),
+            "nbl": subject.perplexity(plan),
+            "dropped": subject.perplexity(dropping(plan)),
             "dense": dense,
             "layers": [site.name for site in plan.rewritten],
         }
         if published is not None:
-            row["published"] = measure(published.plan(replace(recipe, count=count)))
+            row["published"] = subject.perplexity(published.plan(replace(recipe, count=count)))
         rows.append(row)
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -12,22 +12,18 @@ is taken on calibration text that the fit never saw, perplexity at 512 tokens on
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
-from without_bos import WithoutBOS
 
 import nbl_compiler as nbl
-from nbl_compiler.evaluation.perplexity import perplexity_of
-from nbl_compiler.models import load_causal
 from nbl_compiler.plans import Plan
-from nbl_compiler.text import TextSource, token_batches
 
 EVERY = 1e9  # no error is too large: all FFNs are folded
 
@@ -105,26 +101,16 @@ def plot(tables: dict[str, list[dict[str, Any]]], dense: float, path: Path) -> N
 
 def main() -> None:
     """Calibrate every form, measure, print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--eval-text", default="python-docs")
-    parser.add_argument("--tokens", type=int, default=24_576)
+    parser = arguments(__doc__, tokens=24_576, eval_tokens=4_096)
     parser.add_argument("--guard-tokens", type=int, default=4_096, help="guards fit fewer numbers")
-    parser.add_argument("--eval-tokens", type=int, default=4_096)
     parser.add_argument("--keep", default="0.1,0.2,0.5", help="shares of neurons kept")
     parser.add_argument("--capacity", default="0.05,0.1,0.2", help="shares put right by the guard")
     parser.add_argument("--predicted", default="0.2,0.8", help='the same with values="predicted"')
-    parser.add_argument("--without-bos", action="store_true", help="no row opens with BOS")
     parser.add_argument("--results", type=Path, help="keep rows in this file, and go on from it")
     parser.add_argument("--plot", type=Path, help="write a picture of perplexity against keep")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model, tokenizer = load_causal(args.model)
-    if args.without_bos:
-        tokenizer = WithoutBOS(tokenizer)
-    text = list(TextSource(args.text).documents())
-    documents = list(TextSource(args.eval_text).documents())
+    subject = load(args)
 
     settings = {
         "model": args.model, "text": Path(args.text).name, "eval_text": Path(args.eval_text).name,
@@ -136,13 +122,11 @@ def main() -> None:
     def fit(**form: Any) -> Plan:
         tokens = args.guard_tokens if "guard" in form else args.tokens
         config = nbl.Config(attention=None, ffn=nbl.FFN(max_nmse=EVERY, **form))
-        return nbl.calibrate(
-            model, token_batches(text, tokenizer, tokens=tokens), config, progress=False
-        )
+        return nbl.calibrate(subject.model, subject.batches(tokens), config, progress=False)
 
     def measure(plan: Plan) -> float:
         torch._dynamo.reset()  # compiled code of former plans would hold all of them in memory
-        return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
+        return subject.perplexity(plan)
 
     def static(share: float) -> dict[str, Any]:
         plan = fit(keep=share)

@@ -7,19 +7,16 @@ Each case is calibrated on the text and fitted anew on the same text (``nbl.refi
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from typing import Any
 
+from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
 
 import nbl_compiler as nbl
-from nbl_compiler.evaluation.perplexity import perplexity_of
-from nbl_compiler.models import load_causal
 from nbl_compiler.plans import Plan
-from nbl_compiler.text import TextSource, token_batches
 
 
 def cases(layers: int) -> dict[str, nbl.Config]:
@@ -39,31 +36,21 @@ def cases(layers: int) -> dict[str, nbl.Config]:
 
 def main() -> None:
     """Print one table: loss on trial text and perplexity on other text, before and after."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--eval-text", default="python-docs")
-    parser.add_argument("--tokens", type=int, default=24_576)
-    parser.add_argument("--eval-tokens", type=int, default=8_192)
+    parser = arguments(__doc__, tokens=24_576, eval_tokens=8_192)
     parser.add_argument("--cases", default="keep-0.25,keep-0.5,attention-quarter,attention-half")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model, tokenizer = load_causal(args.model)
-    batches = list(token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens))
-    documents = list(TextSource(args.eval_text).documents())
+    subject = load(args)
+    model, batches = subject.model, subject.batches()
     known = cases(model.config.get_text_config().num_hidden_layers)
-
-    def measure(plan: Plan) -> float:
-        return perplexity_of(model, tokenizer, plan, documents, args.eval_tokens)
-
-    dense = measure(Plan())
+    dense = subject.perplexity(Plan())
     rows: list[dict[str, Any]] = []
     for name in args.cases.split(","):
         plan = nbl.calibrate(model, batches, known[name])
         started = time.perf_counter()
         refitted = nbl.refit(model, plan, batches)
         row = {"case": name, "seconds": time.perf_counter() - started, "dense": dense}
-        row |= {"before": measure(plan), "after": measure(refitted)}
+        row |= {"before": subject.perplexity(plan), "after": subject.perplexity(refitted)}
         row |= dict(refitted.config["refit"])
         row["strengths"] = [site.details.get("refit_strength") for site in refitted.rewritten]
         rows.append(row)

@@ -9,46 +9,40 @@ and what calibration does, which may shrink towards the model's own weights inst
 
 from __future__ import annotations
 
-import argparse
 from itertools import islice
 from typing import Any
 
 import torch
+from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import nbl_compiler as nbl
 from nbl_compiler.calibration import observe_model
-from nbl_compiler.models import load_causal
 from nbl_compiler.solvers.attention_prior import attention_prior
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 from nbl_compiler.solvers.moments import Moments
-from nbl_compiler.text import TextSource, token_batches
 
 FIXED = (0.0, 1e-3, 1e-2, 1e-1)
 
 
 def main() -> None:
     """Print one table: tokens down, ways of shrinking across; median over the layers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--tokens", default="2048,8192,32768")
+    parser = arguments(__doc__, tokens=32_768)
+    parser.add_argument("--fewer", default="2048,8192", help="the first of them alone")
     parser.add_argument("--test-tokens", type=int, default=16_384)
     args = parser.parse_args()
-    counts = [int(item) for item in args.tokens.split(",")]
-    model, tokenizer = load_causal(args.model)
-    text = TextSource(args.text).documents()
-    total = max(counts) + args.test_tokens
-    batches = list(token_batches(text, tokenizer, tokens=total))
+    counts = [*(int(item) for item in args.fewer.split(",") if item), args.tokens]
+    subject = load(args)
+    batches = subject.batches(args.tokens + args.test_tokens)
     size = batches[0].numel()
-    seen = max(counts) // size
+    seen = args.tokens // size
     config = nbl.Config(nbl.Attention(taps=1))
 
     def sites(some: list[Tensor], held: float) -> Any:
         own = nbl.Config(config.attention, holdout=held)
-        return observe_model(model, some, own, solve=False).observation.sites
+        return observe_model(subject.model, some, own, solve=False).observation.sites
 
     test = sites(batches[seen:], 0.0)
     ways = [f"ridge {ridge:g}" for ridge in FIXED] + ["chosen", "chosen, own weights"]

@@ -9,21 +9,19 @@ e_t = λ e_{t−1} + (1 − λ) v_t, ``first`` the value of the first token.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from nbl_compiler.batches import cheap_arguments, model_inputs
-from nbl_compiler.models import load_causal
 from nbl_compiler.passes.match_attention import match
 from nbl_compiler.passes.private_copy import private_copy
-from nbl_compiler.text import TextSource, token_batches
 
 SETS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -51,16 +49,12 @@ RIDGES = (1e-4, 1e-3, 3e-3, 1e-2)
 
 def main() -> None:
     """Print one table: sets of states down, layers across."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser = arguments(__doc__, tokens=32_768)
     parser.add_argument("--layers", default="0,2,4,5,7,10,13,15,16,17")
     args = parser.parse_args()
-    model, tokenizer = load_causal(args.model)
-    batches = token_batches(TextSource(args.text).documents(), tokenizer, tokens=args.tokens)
+    subject = load(args)
     layers = [int(item) for item in args.layers.split(",")]
-    seen = observed(model, batches, layers)
+    seen = observed(subject.model, subject.batches(), layers)
     columns = [errors(*seen[layer]) for layer in layers]
     title = f"{args.model}: held-out NMSE of attention maps by what they read of the values"
     table = Table("states", "vectors", title=title, title_justify="left")

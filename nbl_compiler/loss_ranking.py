@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -29,7 +28,7 @@ from nbl_compiler.config import FFN, Attention
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import Trial
-from nbl_compiler.passes.switches import StandIn
+from nbl_compiler.passes.switches import StandIn, linear_map
 from nbl_compiler.select import Candidate, needs_trials, wanted_count
 from nbl_compiler.trial_text import few_rows, kinds_of_text
 
@@ -63,7 +62,7 @@ def rank_attention(
     if not needs_trials(options, len(candidates)):
         return tuple(candidates)
     kinds = kinds_of_text(model, list(batches))
-    maps = {c.name: linear_map(c) for c in candidates}
+    maps = {c.name: linear_map(c.fit.weight, c.fit.bias) for c in candidates}
     states = {c.name: c.states for c in candidates}
     trial = Trial(model, maps, kinds, residual=options.input == "residual", states=states)
     return _ranked(candidates, trial, maps, options, progress)
@@ -146,9 +145,3 @@ def _ranked(
         else one
         for one in found
     )
-
-
-def linear_map(candidate: Candidate) -> StandIn:
-    """Return a candidate's map, of its x with its value states."""
-    weight, bias = candidate.fit.weight, candidate.fit.bias
-    return lambda x: F.linear(x, weight.to(x.device, x.dtype), bias.to(x.device, x.dtype))

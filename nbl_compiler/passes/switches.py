@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 StandIn = Callable[[Tensor], Tensor]
 """What would replace a site: its input [..., d] → its output [..., o]."""
+
+
+def linear_map(weight: Tensor, bias: Tensor) -> StandIn:
+    """Return the stand-in ``x ↦ weight x + bias``, in the dtype of x.
+
+    Args:
+        weight: [o, d].
+        bias: [o].
+    """
+    return lambda x: F.linear(x, weight.to(x.device, x.dtype), bias.to(x.device, x.dtype))
 
 
 def insert_switch(

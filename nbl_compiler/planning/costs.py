@@ -80,9 +80,11 @@ def step_cost(
 
         def run(*values: Any) -> Any:
             every = (*values, *lifted_tensors(copy))
-            traced = private_copy(graph_module)
-            graphs, inputs = (traced, copy), (values, every)
-            parts.append(_measured(cost, regions, graphs, inputs, machine) if measure else cost)
+            if measure:
+                graphs = private_copy(graph_module), copy
+                parts.append(_measured(cost, regions, graphs, (values, every), machine))
+            else:
+                parts.append(cost)
             return copy(*every)
 
         return run

@@ -17,9 +17,8 @@ from nbl_compiler.config import FFN, Config
 from nbl_compiler.cost import measure_machine
 from nbl_compiler.errors import CalibrationError
 from nbl_compiler.ffn.stand_in import folded_ffn
-from nbl_compiler.loss_ranking import linear_map
 from nbl_compiler.loss_trial import Trial
-from nbl_compiler.passes.switches import StandIn
+from nbl_compiler.passes.switches import StandIn, linear_map
 from nbl_compiler.planning.budget import Budget, Space
 from nbl_compiler.planning.costs import StepCost, step_cost
 from nbl_compiler.planning.front import Front, Point, pick
@@ -120,7 +119,8 @@ def _settings(found: Sequence[Calibrated], space: Space) -> list[_Setting]:
         maps = found[0].candidates
         name = "linear attention" + (", with states" if space.attention.taps else "")
         sites = {c.name: attention_site(c, True, name) for c in maps}
-        settings.append(_Setting(name, sites, {c.name: linear_map(c) for c in maps}))
+        stand_ins = {c.name: linear_map(c.fit.weight, c.fit.bias) for c in maps}
+        settings.append(_Setting(name, sites, stand_ins))
     for form, calibrated in zip(space.ffns, found, strict=False):
         observed = calibrated.observation.ffn
         fits = [fit for fit in calibrated.fits if not fit.refusal]

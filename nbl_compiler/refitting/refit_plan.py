@@ -144,12 +144,13 @@ def _all_sites(work: _Work, trial: Trial, store: Store, progress: bool) -> Plan:
         return trial({site.name: stand_in(site, weights[site.name]) for site in sites})
 
     if not facts:
-        facts = dict.fromkeys(("loss_before", "loss_after"), loss_of(plan.rewritten))
+        before = loss_of(plan.rewritten)
+        facts = {"loss_before": before, "loss_after": before}
     bar = tqdm(total=len(order), desc="refitting", unit="site", disable=not progress)
     with bar:
         bar.update(store.done)
         for name in order[store.done :]:
-            chosen, facts["loss_after"] = plan.site(name), facts["loss_after"]
+            chosen = plan.site(name)
             for site in _candidates(work, plan, name, store):
                 loss = loss_of(_with(plan, site).rewritten)
                 if loss < facts["loss_after"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nbl_compiler.config import Ridge
 from nbl_compiler.ffn.stand_in import folded_ffn
-from nbl_compiler.passes.switches import StandIn
+from nbl_compiler.passes.switches import StandIn, linear_map
 from nbl_compiler.plans import Site
 from nbl_compiler.solvers.ffn_moments import RegressionMoments
 from nbl_compiler.solvers.ffn_regression import MIN_HOLDOUT_TOKENS, AffineMap, fit_affine_map
@@ -44,8 +44,7 @@ def stand_in(site: Site, weights: FFNWeights | None) -> StandIn:
     """Return what a plan makes of a site, as a function of what the site's map reads."""
     if weights is not None:
         return folded_ffn(weights, site)
-    weight, bias = joined_weight(site.tensors), site.tensors["bias"]
-    return lambda x: F.linear(x, weight.to(x.device, x.dtype), bias.to(x.device, x.dtype))
+    return linear_map(joined_weight(site.tensors), site.tensors["bias"])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def test_attention_in_fixed_proportions_is_recovered_from_few_rows(seed: int, st
     value, output = own_maps(generator)
     shares = torch.randn(HEADS, 1 + states, generator=generator)
     width = WIDTH + states * VALUES
-    few, others = torch.randn(width, width, generator=generator), torch.randn(200, width)
+    few = torch.randn(width, width, generator=generator)
+    others = torch.randn(200, width, generator=generator)
     y = fixed_attention(few, value, output, shares) + 3.0
     prior = attention_prior(moments(few, y), value, output).float()
     wanted = fixed_attention(others, value, output, shares)
@@ -94,4 +95,4 @@ def test_moments_of_what_a_map_leaves(seed: int) -> None:
     left, wanted = moments(x, y).residual(weight.double()), moments(x, y - x @ weight.T)
     left, wanted = left.centred(), wanted.centred()
     for name in ("shift_y", "yx", "yy", "xx"):
-        torch.testing.assert_close(getattr(left, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(getattr(left, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
