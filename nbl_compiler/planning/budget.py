@@ -51,11 +51,11 @@ class Budget:
             raise ConfigError(f"Budget: phase={self.phase!r} must be 'decode' or 'prefill'")
 
 
-def _default_ffns() -> tuple[FFN, ...]:
-    return (
-        FFN(keep=0.5),
-        FFN(keep=0.0, guard="predicted", capacity=0.2),
-    )
+STATIC = FFN(keep=0.5)
+GUARDED = FFN(keep=0.0, guard="predicted", capacity=0.2)
+# Each token has outliers of its own: over more tokens a step they are most of the neurons, and a
+# guard saves nothing.
+GUARD_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Space:
             is the planner's choice: ``count``, ``layers``, ``max_nmse`` and ``rank_by`` must be
             left as they are.
         ffns: Forms of folded FFNs, likewise; each site may take another. Empty to leave FFNs alone.
+            By default a static half of the neurons, and a guard that chooses a fifth for each
+            token.
         ridge: As in ``Config``, as are ``holdout`` and ``seed``.
         holdout: See there.
         seed: See there.
@@ -76,10 +78,20 @@ class Space:
     """
 
     attention: Attention | None = field(default_factory=lambda: Attention(taps=1))
-    ffns: tuple[FFN, ...] = field(default_factory=_default_ffns)
+    ffns: tuple[FFN, ...] = field(default=(STATIC, GUARDED))
     ridge: Ridge = "auto"
     holdout: float = 0.1
     seed: int = 0
+
+    @classmethod
+    def suited_to(cls, budget: Budget) -> Space:
+        """Return the space without forms that cannot make the budget's step faster.
+
+        Args:
+            budget: Says how many tokens a step has.
+        """
+        tokens = budget.batch * (1 if budget.phase == "decode" else budget.context)
+        return cls(ffns=(GUARDED if tokens <= GUARD_TOKENS else STATIC,))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ffns", tuple(self.ffns))

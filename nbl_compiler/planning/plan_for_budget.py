@@ -64,7 +64,8 @@ def plan(
         model: In eval mode; as for ``nbl.calibrate``, which also says what may go wrong.
         batches: See there. Gone through once, and once more for each form of FFNs without a guard.
         budget: What to reach.
-        space: The settings to choose from.
+        space: The settings to choose from, by default those that suit the step
+            (``Space.suited_to``).
         measure: Compile every kind of site in every setting, and time it. Takes a minute or more,
             and twice the model's memory.
         progress: Show progress bars.
@@ -77,7 +78,7 @@ def plan(
         ConfigError: if the model cannot run such a step.
         NBLError: As ``nbl.calibrate``.
     """
-    space = space or Space()
+    space = space or Space.suited_to(budget)
     model = getattr(model, "_orig_mod", model)
     aside: list[dict[str, Any]] = []
     kept = all_but_last(model, batches, aside)
@@ -170,10 +171,14 @@ def _search(
     """Measure every choice alone, and walk from the dense model on; return both."""
     by_name = {setting.name: setting for setting in settings}
 
-    def measure(choices: Mapping[str, Choice], kinds: int | None = None) -> float:
+    def measure(choices: Mapping[str, Choice]) -> float:
         bar.update(1)
         active = {site: by_name[c.setting].stand_ins[site] for site, c in choices.items()}
-        return trial(active, kinds=kinds)
+        made = [by_name[c.setting].sites[site] for site, c in choices.items()]
+        # FFNs see one token at a time: without linear attention, text as it is will do. (The first
+        # linear attention must then make up for what edited text costs the FFNs before it.)
+        edited = any(site.kind == "attention" for site in made)
+        return trial(active, kinds=None if edited else 1)
 
     def enough(state: State) -> bool:
         if budget.max_loss is not None:
@@ -192,9 +197,7 @@ def _search(
                 if seconds <= 0:  # slower than dense at this size
                     continue
                 choice = Choice(site, setting.name, seconds, 0.0)
-                # FFNs see one token at a time: alone they need no text that is edited.
-                kinds = 1 if setting.sites[site].kind == "ffn" else None
-                choices.append(replace(choice, loss=measure({site: choice}, kinds)))
+                choices.append(replace(choice, loss=measure({site: choice})))
         states = search(choices, measure, enough)
     trial.release()
     return choices, states

@@ -76,6 +76,14 @@ def test_the_loss_of_a_point_is_that_of_its_compiled_plan() -> None:
         assert 0 < divergence <= torch.tensor(front.points[index].loss).log1p() + KL_ROUNDING
 
 
+def test_the_default_space_is_what_can_make_the_step_faster() -> None:
+    one, few, many = (nbl.Budget(speedup=2.0, batch=batch) for batch in (1, 4, 5))
+    prompt = nbl.Budget(speedup=2.0, context=64, phase="prefill")
+    forms = [nbl.Space.suited_to(budget).ffns for budget in (one, few, many, prompt)]
+    guarded = [[form.guard for form in some] for some in forms]
+    assert guarded == [["predicted"], ["predicted"], ["off"], ["off"]]
+
+
 def test_every_point_of_the_front_has_a_plan() -> None:
     _, _, front = planned()
     sizes = [len(front.plan_at(index).rewritten) for index in range(len(front.points))]
