@@ -36,7 +36,10 @@ _VIEW_FUNCTIONS = frozenset(
     | {torch.movedim, torch.narrow, torch.select, torch.chunk, torch.split, torch.tensor_split}
     | {torch.unbind, torch.view_as_real, torch.view_as_complex}
 )
-_CAST_METHODS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "double"})
+_CAST_METHODS = frozenset(
+    {"to", "float", "half", "bfloat16", "type", "type_as", "double"}
+    | {"to_local"}  # this process's part of a tensor-parallel weight
+)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _PATH_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)")
 _DROPPED_PARTS = frozenset({"_modules", "_orig_mod", "__self__", "_parameters"})
