@@ -36,10 +36,7 @@ _VIEW_FUNCTIONS = frozenset(
     | {torch.movedim, torch.narrow, torch.select, torch.chunk, torch.split, torch.tensor_split}
     | {torch.unbind, torch.view_as_real, torch.view_as_complex}
 )
-_CAST_METHODS = frozenset(
-    {"to", "float", "half", "bfloat16", "type", "type_as", "double"}
-    | {"to_local"}  # this process's part of a tensor-parallel weight
-)
+_CAST_METHODS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as", "double"})
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _PATH_PART = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)")
 _DROPPED_PARTS = frozenset({"_modules", "_orig_mod", "__self__", "_parameters"})
@@ -146,11 +143,17 @@ def is_view(node: object) -> bool:
     """Tell whether the node only rearranges, slices or casts one tensor."""
     if isinstance(node, Node) and is_call(node, {getattr}):
         return argument(node, 1, "name") in {"T", "mT", "H"}
-    return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS | _CAST_METHODS)
+    return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS) or is_cast(node)
 
 
 def is_cast(node: object) -> bool:
-    """Tell whether the node converts one tensor to another dtype or device."""
+    """Tell whether the node converts one tensor to another dtype or device.
+
+    So does one that takes this process's part of a tensor-parallel weight.
+    """
+    if is_call(node, (), {"to_local"}):
+        assert isinstance(node, Node)
+        return is_weight(node.args[0])
     return is_call(node, (), _CAST_METHODS)
 
 
