@@ -26,11 +26,13 @@ def fail_together(error: NBLError | None) -> None:
         return
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise CalibrationError(f"process {rank} failed: {message}")
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if not failed:
+        return
+    if error is None:
+        error = CalibrationError(f"process {failed[0]} failed: {messages[failed[0]]}")
+    error.told_by = failed[0]
+    raise error
 
 
 def in_any_process(fact: bool) -> bool:
