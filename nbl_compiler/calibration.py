@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbl_compiler.batches import Batch, model_inputs
 from nbl_compiler.config import FFN, Attention, Config
+from nbl_compiler.device_map import traceable
 from nbl_compiler.distributed import merge_across_processes, plan_of_first_process
 from nbl_compiler.errors import (
     CalibrationError,
@@ -178,6 +179,18 @@ def observe_model(
     """
     config = config or Config()
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
+    with traceable(model):
+        return _observe_model(model, batches, config, whole_text, progress, solve)
+
+
+def _observe_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    whole_text: bool,
+    progress: bool,
+    solve: bool,
+) -> Calibrated:
     aside: list[dict[str, Any]] = []
     if solve and any(map(needs_trials, (config.attention, config.ffn))):
         batches = all_but_last(model, batches, aside)

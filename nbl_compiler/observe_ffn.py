@@ -69,12 +69,14 @@ class FFNObservers:
             return
 
         down = values.get(found.down.weight.name)
+        device = self.sites[name].weights.w1.device
 
         def observe(x: Tensor, hidden: Tensor, y: Tensor) -> None:
             if is_spread(down):
                 hidden = whole_of_parts(hidden, -1, down)
-            parts = [t.detach().reshape(-1, t.shape[-1]) for t in (x, hidden, y)]
-            rows = FFNRows(*parts)
+            # Weights that are kept elsewhere come to the device for the forward pass alone.
+            x, hidden, y = (t.detach().to(device) for t in (x, hidden, y))
+            rows = FFNRows(*(t.reshape(-1, t.shape[-1]) for t in (x, hidden, y)))
             with self._failure:
                 for held, chosen in enumerate(chooser.split(name, x)):
                     if chosen.numel():

@@ -113,7 +113,7 @@ class _Probe:
         self._graph_module, self._values = graph_module, values
         self._topology = Topology(graph_module)
         self._batch, self._length = (_hint(size) for size in like.shape[:2])
-        self._dtype = like.dtype
+        self._dtype, self._device = like.dtype, like.device
 
     def matrix(
         self,
@@ -156,11 +156,10 @@ class _Probe:
                 known[node] = value.detach()
             else:
                 return None  # it depends on the text
-        device = next((v.device for v in known.values() if isinstance(v, Tensor)), None)
-        if device is None:
+        if not any(isinstance(value, Tensor) for value in known.values()):
             return None
         nodes = [node for node in cone if node is not source and node not in known]
-        return _Run(self._graph_module, source, target, nodes, known, device)
+        return _Run(self._graph_module, source, target, nodes, known, self._device)
 
 
 @dataclass(frozen=True)
