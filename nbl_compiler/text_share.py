@@ -57,10 +57,12 @@ class SharedText:
 
     def __init__(self, batches: Sequence[Batch], share: Share) -> None:
         if len(batches) < share.count:
-            raise CalibrationError(
+            error = CalibrationError(
                 f"the text has {len(batches)} batch(es) to fit on, for {share.count} processes; "
                 "give more tokens, fewer rows a batch, or start fewer processes"
             )
+            error.told_by = 0  # all processes were given the same
+            raise error
         self._batches, self._share = batches, share
 
     def __iter__(self) -> Iterator[Batch]:
