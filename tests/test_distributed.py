@@ -34,9 +34,8 @@ def whole_text() -> list[Tensor]:
 
 
 def both_kinds() -> nbl.Config:
-    """Sites of both kinds, chosen by trials; a guard's slopes are fitted on the first tokens."""
-    attention = nbl.Attention(count=1, rank_by="loss")
-    return nbl.Config(attention, nbl.FFN(count=1, keep=0.25, guard="predicted", capacity=0.3))
+    """Sites of both kinds, chosen by trials."""
+    return nbl.Config(nbl.Attention(count=1, rank_by="loss"), nbl.FFN(count=1, keep=0.25))
 
 
 def calibrate(rank: int, scenario: str) -> nbl.Plan:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nbl_compiler as nbl
+from nbl_compiler.calibration import Calibrated, observe_model
+from nbl_compiler.errors import ConfigError
 
 # Float32 rounding: of the model's own sums, which are taken in parts, times the condition of the
 # fits.
 MAP_TOLERANCE = 1e-3
 NMSE_TOLERANCE = 1e-4
 LAYERS = 2
-SCENARIOS = ("nan", "taps", "run", "plan")  # a failure must not spoil what follows
+WEIGHT_TOLERANCE = 1e-5  # what float32 leaves of weights that are read off the graph
+SCENARIOS = ("nan", "taps", "plan")  # a failure must not spoil what follows
 
 
 def batches() -> list[Tensor]:
@@ -28,9 +31,8 @@ def batches() -> list[Tensor]:
 
 
 def both_kinds() -> nbl.Config:
-    """Attention, and FFNs whose guard compares neurons with their ranges; chosen by trials."""
-    attention = nbl.Attention(count=1, rank_by="loss")
-    return nbl.Config(attention, nbl.FFN(count=1, keep=0.25, guard="predicted", capacity=0.3))
+    """Sites of both kinds, chosen by trials."""
+    return nbl.Config(nbl.Attention(count=1, rank_by="loss"), nbl.FFN(count=1, keep=0.25))
 
 
 def save(folder: Path) -> None:
@@ -68,12 +70,19 @@ def calibrate(rank: int, scenario: str, folder: Path) -> nbl.Plan:
         only = torch.full_like(given[0], 63)
         only[0, -1] = 0
         return nbl.calibrate(model, [only], config(holdout=0.0, count=1), progress=False)
-    plan = nbl.calibrate(model, given, both_kinds(), progress=False)
-    if scenario == "run":
-        compiled = torch.compile(model, backend="nbl", options={"lowering": "eager"})
-        with torch.no_grad():
-            compiled(given[0], use_cache=False)
+    calibrated = observe_model(model, given, both_kinds(), progress=False)
+    torch.save(own_weights_of(calibrated), folder / f"own weights.{rank}")
+    plan = calibrated.plan()
+    options = {"plan": plan, "lowering": "eager"}
+    with torch.no_grad(), pytest.raises(ConfigError, match="does not run a plan"):
+        torch.compile(model, backend="nbl", options=options)(given[0], use_cache=False)
     return plan
+
+
+def own_weights_of(calibrated: Calibrated) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what each attention site's own weights make of values."""
+    sites = calibrated.observation.sites.items()
+    return {name: (site.own.value, site.own.output) for name, site in sites}
 
 
 class Calibrate:
@@ -99,7 +108,8 @@ def test_the_plan_is_the_whole_model_s(results: Path) -> None:
     files = [results / f"plan.{rank}" for rank in range(PROCESSES)]
     assert files[0].read_bytes() == files[1].read_bytes()
     plan, model = nbl.Plan.load(files[0]), load(results)
-    alone = nbl.calibrate(model, batches(), both_kinds(), progress=False)
+    calibrated = observe_model(model, batches(), both_kinds(), progress=False)
+    alone = calibrated.plan()
     assert {site.kind for site in plan.rewritten} == {"attention", "ffn"}
     for site, other in zip(plan.sites, alone.sites, strict=True):
         assert (site.name, site.decision, site.reason) == (other.name, other.decision, other.reason)
@@ -107,10 +117,14 @@ def test_the_plan_is_the_whole_model_s(results: Path) -> None:
         assert site.holdout_nmse == pytest.approx(other.holdout_nmse, rel=NMSE_TOLERANCE)
         if site.kind == "attention":
             assert site.cca_bound == pytest.approx(other.cca_bound, rel=NMSE_TOLERANCE)
-        for fact in ("tokens", "parameters", "prior"):
+        for fact in ("tokens", "parameters", "kept"):
             assert site.details.get(fact) == other.details.get(fact)
     for sketch, known in zip(plan.fingerprint, alone.fingerprint, strict=True):
         assert sketch.matches(known)
+    own = torch.load(results / "own weights.0")
+    for name, expected in own_weights_of(calibrated).items():
+        for part, one in zip(own[name], expected, strict=True):
+            torch.testing.assert_close(part, one, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
 def test_the_whole_model_runs_the_plan(results: Path) -> None:
@@ -135,7 +149,6 @@ def test_the_whole_model_runs_the_plan(results: Path) -> None:
     [
         ("nan", r"CalibrationError: (process \d failed: )?model.layers.0.self_attn: activations"),
         ("taps", r"ConfigError: model.layers.0.self_attn: a tensor-parallel model has the values"),
-        ("run", r"ConfigError: a tensor-parallel model can be calibrated, but does not run a plan"),
     ],
 )
 def test_what_ends_in_all_processes(results: Path, scenario: str, message: str) -> None:
