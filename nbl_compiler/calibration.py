@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbl_compiler.batches import Batch, model_inputs
 from nbl_compiler.config import FFN, Attention, Config
@@ -281,9 +281,7 @@ class _Passes:
         def begin(site: FFNSite) -> Stage | None:
             return stages.get(site.name)
 
-        observe_again(
-            self.model, text, self.config, begin, rows=self.rows, progress=self.progress
-        )
+        observe_again(self.model, text, self.config, begin, rows=self.rows, progress=self.progress)
         for stage in stages.values():
             stage.merge_across_processes()
 

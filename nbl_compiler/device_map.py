@@ -66,7 +66,7 @@ def _replace_hook(name: str, module: nn.Module, undo: ExitStack) -> None:
     if getattr(own, "__func__", None) is type(module).forward:
         del module.__dict__["forward"]  # Dynamo names modules by how it reached them
     else:
-        module.forward = own  # type: ignore[method-assign]
+        module.forward = own
     devices = [p.execution_device for p in parts if p.execution_device is not None]
     if devices:
         _move_to(module, torch.device(devices[0]), stored, undo)

@@ -128,7 +128,7 @@ class Spread:
                 "--tensor-parallel spreads a model over processes; start them by "
                 "`torchrun --nproc-per-node 2 -m nbl_compiler calibrate …`"
             )
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
 

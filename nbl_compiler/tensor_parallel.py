@@ -85,9 +85,7 @@ def work_of(model: nn.Module) -> Work:
     dist.all_gather_object(groups, own)
     models = sorted({tuple(group) for group in groups})
     rank = dist.get_rank()
-    return Work(
-        Share(models.index(tuple(own)), len(models)), Share(own.index(rank), len(own))
-    )
+    return Work(Share(models.index(tuple(own)), len(models)), Share(own.index(rank), len(own)))
 
 
 def _processes_of(model: nn.Module) -> list[int]:

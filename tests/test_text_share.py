@@ -18,7 +18,9 @@ def numbers(batches: object) -> list[int]:
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_every_batch_has_one_process(processes: int) -> None:
-    texts = [text_of(BATCHES, Share(i, processes), shared=True, again=True) for i in range(processes)]
+    texts = [
+        text_of(BATCHES, Share(i, processes), shared=True, again=True) for i in range(processes)
+    ]
     assert sorted(n for text in texts for n in numbers(text)) == list(range(7))
     assert sum(length_of(text) or 0 for text in texts) == 7
 
