@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from nbl_compiler import registry
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.dumps.folder import DumpFolder
-from nbl_compiler.errors import InferenceOnlyError, NBLWarning, StrictError
+from nbl_compiler.errors import ConfigError, InferenceOnlyError, NBLWarning, StrictError
 from nbl_compiler.generate import run_compiled_in_generate
 from nbl_compiler.graph_report import REWRITING, GraphReport
 from nbl_compiler.identity_guard import code_being_compiled, guard_on_weights
@@ -32,6 +32,7 @@ from nbl_compiler.passes.watch_inputs import site_weights
 from nbl_compiler.plan_file import load_shared
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.released_weights import refuse_released
+from nbl_compiler.tensor_parallel import is_spread
 from nbl_compiler.trace import announce
 from nbl_compiler.user_errors import reported_by_dynamo
 
@@ -83,6 +84,7 @@ def _compile(
     plan = plan or Plan()
     if plan.rewritten:
         _require_inference(example_inputs)
+        _refuse_parts(example_inputs)
         guard_on_weights(graph_module)
     graph_module = private_copy(graph_module)
     weights = _weights(graph_module, example_inputs)
@@ -144,6 +146,14 @@ def _require_inference(example_inputs: Sequence[Any]) -> None:
         raise InferenceOnlyError(
             "a linearized model is for inference: call it under torch.inference_mode() or "
             "torch.no_grad() (gradients are enabled, and an input or weight requires them)"
+        )
+
+
+def _refuse_parts(example_inputs: Sequence[Any]) -> None:
+    if any(is_spread(x) for x in example_inputs):
+        raise ConfigError(
+            "a tensor-parallel model can be calibrated, but does not run a plan; load the model on "
+            "one device to compile it with its plan"
         )
 
 

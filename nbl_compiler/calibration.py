@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbl_compiler.batches import Batch, model_inputs
 from nbl_compiler.config import FFN, Attention, Config
+from nbl_compiler.device_map import traceable
 from nbl_compiler.distributed import merge_across_processes, plan_of_first_process
 from nbl_compiler.errors import (
     CalibrationError,
@@ -20,7 +21,7 @@ from nbl_compiler.errors import (
     UnsupportedDtypeError,
 )
 from nbl_compiler.ffn.fit import fit_ffns
-from nbl_compiler.ffn.sites import FFNFit
+from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
@@ -30,7 +31,10 @@ from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
+from nbl_compiler.several_processes import ALONE, Share, is_first_process
+from nbl_compiler.tensor_parallel import work_of
 from nbl_compiler.text_pass import device_of, observe, observe_again
+from nbl_compiler.text_share import Text, text_of, tokens_of
 from nbl_compiler.trial_text import TRIAL_TOKENS
 
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and
@@ -45,6 +49,7 @@ def calibrate(
     batches: Iterable[Batch],
     config: Config | None = None,
     *,
+    whole_text: bool = False,
     progress: bool = True,
 ) -> Plan:
     """Calibrate a plan for a pretrained model and attach it to the model.
@@ -54,15 +59,19 @@ def calibrate(
     grow with the number of tokens. Attention takes one pass; FFNs take a second one, and more for
     guards, so the batches are gone through again (those of an iterator are kept for it).
 
-    In a ``torch.distributed`` job every process passes its own batches; the moments are summed,
-    and all processes return the same plan.
+    In a ``torch.distributed`` job every process passes its own batches, or all of them the same
+    ones with ``whole_text``; the moments are summed, and all processes return the same plan. The
+    processes that hold a tensor-parallel model together pass the same batches.
 
     Args:
         model: In eval mode, on any device, in float32, bfloat16 or float16.
         batches: Token ids [B, T], or mappings of model inputs. Tokens whose ``attention_mask``
             [B, T] is 0 never count.
         config: What to replace and how to fit.
-        progress: Show a progress bar with tokens, seconds and the estimated rest.
+        whole_text: In a job, every process was given all batches, and takes its share of them.
+            The plan is then that of one process, up to the rounding of sums.
+        progress: Show a progress bar with tokens, seconds and the estimated rest (in a job, in
+            its first process).
 
     Returns:
         The plan. ``torch.compile(model, backend="nbl")`` will find it.
@@ -71,10 +80,11 @@ def calibrate(
         InferenceOnlyError: if the model is in training mode.
         UnsupportedDtypeError: if the model computes in a dtype that has no linear maps here.
         CalibrationError: if there are too few tokens, NaN or infinite activations, or no site.
-        ConfigError: if the configuration names sites that do not exist.
+        ConfigError: if the configuration names sites that do not exist, or asks a tensor-parallel
+            model for value states.
     """
     config = config or Config()
-    calibrated = observe_model(model, batches, config, progress=progress)
+    calibrated = observe_model(model, batches, config, whole_text=whole_text, progress=progress)
     plan = calibrated.plan()
     attach(model, plan)
     return plan
@@ -149,15 +159,18 @@ def observe_model(
     batches: Iterable[Batch],
     config: Config | None = None,
     *,
+    whole_text: bool = False,
     progress: bool = True,
     solve: bool = True,
 ) -> Calibrated:
     """Do all of ``calibrate`` but choose the sites: one calibration can serve several plans.
 
     Args:
-        model: As for ``calibrate``, as are ``batches``, ``config`` and ``progress``.
+        model: As for ``calibrate``, as are ``batches``, ``config``, ``whole_text`` and
+            ``progress``.
         batches: See there.
         config: See there.
+        whole_text: See there.
         progress: See there.
         solve: Solve the maps. Without, only the first pass's moments are taken.
 
@@ -166,16 +179,34 @@ def observe_model(
     """
     config = config or Config()
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
+    with traceable(model):
+        return _observe_model(model, batches, config, whole_text, progress, solve)
+
+
+def _observe_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    whole_text: bool,
+    progress: bool,
+    solve: bool,
+) -> Calibrated:
     aside: list[dict[str, Any]] = []
     if solve and any(map(needs_trials, (config.attention, config.ffn))):
         batches = all_but_last(model, batches, aside)
-    (found,) = observe_forms(model, batches, config, (config.ffn,), progress=progress, solve=solve)
+    (found,) = observe_forms(
+        model, batches, config, (config.ffn,), whole_text=whole_text, progress=progress, solve=solve
+    )
+    progress = progress and is_first_process()
+    share = work_of(model).batches if whole_text else ALONE
     candidates, fits, observation = found.candidates, found.fits, found.observation
     if candidates and aside and config.attention is not None:
-        candidates = rank_attention(model, candidates, aside, config.attention, progress=progress)
+        candidates = rank_attention(
+            model, candidates, aside, config.attention, share=share, progress=progress
+        )
     if fits and aside and config.ffn is not None and observation.ffn is not None:
         sites = observation.ffn.sites
-        fits = rank_ffns(model, sites, fits, aside, config.ffn, progress=progress)
+        fits = rank_ffns(model, sites, fits, aside, config.ffn, share=share, progress=progress)
     return replace(found, candidates=candidates, fits=fits)
 
 
@@ -185,6 +216,7 @@ def observe_forms(
     config: Config,
     forms: Sequence[FFN | None],
     *,
+    whole_text: bool = False,
     progress: bool = True,
     solve: bool = True,
 ) -> tuple[Calibrated, ...]:
@@ -195,6 +227,7 @@ def observe_forms(
         batches: See there.
         config: See there; ``ffn`` says what the first pass has to look at.
         forms: What to fit. None fits no FFN.
+        whole_text: See there.
         progress: See there.
         solve: Solve the maps. Without, only the first pass's moments are taken.
 
@@ -207,9 +240,11 @@ def observe_forms(
     if config.attention is None and config.ffn is None:
         raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
     check_request(model)
-    if config.ffn is not None and solve:
-        batches = _for_several_passes(batches)
-    observation = merge_across_processes(observe(model, batches, config, progress=progress))
+    progress = progress and is_first_process()
+    work, again = work_of(model), config.ffn is not None and solve
+    text = text_of(batches, work.batches, shared=whole_text, again=again)
+    seen = observe(model, text, config, rows=work.rows, progress=progress)
+    observation = merge_across_processes(seen)
     _check_tokens(observation)
     sketches = _sketches(model)
     positions = {known: i for i, known in enumerate(sketches)}
@@ -219,7 +254,8 @@ def observe_forms(
     made = []
     for form in forms:
         own = replace(config, ffn=form)
-        fits = _fit_ffns(model, batches, own, observation, positions, progress) if solve else ()
+        passes = _Passes(model, text, own, work.rows, progress)
+        fits = _fit_ffns(passes, observation, positions) if solve else ()
         made.append(
             Calibrated(
                 observation, candidates, fits, own, sketches, _describe(model), device_of(model)
@@ -228,24 +264,37 @@ def observe_forms(
     return tuple(made)
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Further passes over the text, for FFN sites."""
+
+    model: nn.Module
+    text: Text
+    config: Config
+    rows: Share
+    progress: bool
+
+    def __call__(self, stages: Mapping[str, Stage], tokens: int | None = None) -> None:
+        """Let the stages see the text, or its first tokens, in all processes."""
+        text = self.text if tokens is None else self.text.first(tokens)
+
+        def begin(site: FFNSite) -> Stage | None:
+            return stages.get(site.name)
+
+        observe_again(self.model, text, self.config, begin, rows=self.rows, progress=self.progress)
+        for stage in stages.values():
+            stage.merge_across_processes()
+
+
 def _fit_ffns(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    config: Config,
-    observation: Observation,
-    positions: Mapping[Sketch, int],
-    progress: bool,
+    passes: _Passes, observation: Observation, positions: Mapping[Sketch, int]
 ) -> tuple[FFNFit, ...]:
+    config = passes.config
     if config.ffn is None or observation.ffn is None:
         return ()
     first = {n: s for n, s in observation.ffn.stages.items() if isinstance(s, NeuronStage)}
-
-    def run_pass(stages: Mapping[str, Stage], tokens: int | None = None) -> None:
-        text = batches if tokens is None else _first(batches, tokens)
-        observe_again(model, text, config, lambda site: stages.get(site.name), progress=progress)
-
     sites = observation.ffn.sites
-    fits = fit_ffns(sites, first, config.ffn, config.ridge, run_pass)
+    fits = fit_ffns(sites, first, config.ffn, config.ridge, passes)
     return tuple(
         replace(
             fit,
@@ -253,23 +302,6 @@ def _fit_ffns(
         )
         for fit in fits
     )
-
-
-def _first(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """Return the first batches that hold this many tokens together."""
-    taken: list[Batch] = []
-    seen = 0
-    for batch in batches:
-        if taken and seen >= tokens:
-            break
-        taken.append(batch)
-        seen += _tokens(batch)
-    return taken
-
-
-def _for_several_passes(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Return something that can be gone through again; an iterator's batches are kept."""
-    return list(batches) if iter(batches) is batches else batches
 
 
 def check_request(model: nn.Module) -> None:
@@ -308,23 +340,14 @@ def all_but_last(
     total = 0
     for batch in batches:
         held.append(batch)
-        total += _tokens(batch)
-        while sum(map(_tokens, held)) - _tokens(held[0]) >= TRIAL_TOKENS:
+        total += tokens_of(batch)
+        while sum(map(tokens_of, held)) - tokens_of(held[0]) >= TRIAL_TOKENS:
             yield held.popleft()
-    while len(held) > 1 and sum(map(_tokens, held)) > MOST_ASIDE * total:
+    while len(held) > 1 and sum(map(tokens_of, held)) > MOST_ASIDE * total:
         yield held.popleft()
     aside.extend(model_inputs(model, batch, device_of(model)) for batch in held)
-    if held and total == _tokens(held[0]):
+    if held and total == tokens_of(held[0]):
         yield held[0]
-
-
-def _tokens(batch: Batch) -> int:
-    """Return how many tokens a batch holds, padding included."""
-    if isinstance(batch, Tensor):
-        return batch.shape[:2].numel()  # ids [T] or [B, T], or embedded tokens [B, T, d]
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    first = next((v for v in values if isinstance(v, Tensor)), None)
-    return 0 if first is None else first.shape[:2].numel()
 
 
 def _check_tokens(observation: Observation) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.observe import Observation
 from nbl_compiler.plan_file import from_bytes, to_bytes
 from nbl_compiler.plans import Plan
-from nbl_compiler.several_processes import several_processes
+from nbl_compiler.several_processes import all_sum, several_processes
 from nbl_compiler.solvers.moments import Moments
 
 
@@ -27,11 +26,22 @@ def fail_together(error: NBLError | None) -> None:
         return
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise CalibrationError(f"process {rank} failed: {message}")
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if not failed:
+        return
+    if error is None:
+        error = CalibrationError(f"process {failed[0]} failed: {messages[failed[0]]}")
+    error.told_by = failed[0]
+    raise error
+
+
+def in_any_process(fact: bool) -> bool:
+    """Tell whether something is so in at least one process."""
+    if not several_processes():
+        return fact
+    facts = [False] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    return any(facts)
 
 
 def merge_across_processes(observation: Observation) -> Observation:
@@ -43,8 +53,10 @@ def merge_across_processes(observation: Observation) -> Observation:
     if not several_processes():
         return observation
     ffn = observation.ffn
+    # A map that reads value states in some processes only is another site there.
+    own = [f"{name}, {len(site.train.sum_x)} inputs" for name, site in observation.sites.items()]
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names, [*observation.sites, *(ffn.stages if ffn else ())])
+    dist.all_gather_object(names, [*own, *(ffn.stages if ffn else ())])
     if any(other != names[0] for other in names):
         counts = ", ".join(str(len(other)) for other in names)
         raise CalibrationError(
@@ -72,21 +84,14 @@ def all_reduce(moments: Moments) -> Moments:
             (moments.shift_t, moments.sum_t),
         )
     ]
-    for tensor in (count, *means):
-        _sum(tensor)
+    all_sum(count, *means)
     total = int(count.item())
     if total == 0:
         return moments
     own = moments.about(*(mean / total for mean in means))
-    for product in (own.sum_x, own.sum_y, own.sum_t, own.xx, own.yx, own.tx, own.tt, own.yy):
-        _sum(product)
+    all_sum(own.sum_x, own.sum_y, own.sum_t, own.xx, own.yx, own.tx, own.tt, own.yy)
     own.count = total
     return own
-
-
-def _sum(tensor: Tensor) -> None:
-    if tensor.numel():  # held-out moments keep nothing of the stream
-        dist.all_reduce(tensor)
 
 
 def plan_of_first_process(plan: Plan, device: torch.device) -> Plan:

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 
 class NBLError(Exception):
-    """Base class of every error raised on purpose by nbl_compiler."""
+    """Base class of every error raised on purpose by nbl_compiler.
+
+    Attributes:
+        told_by: In a ``torch.distributed`` job whose processes all end with an error, the process
+            that tells of it; None if each has its own.
+    """
+
+    told_by: int | None = None
 
 
 class ConfigError(NBLError, ValueError):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nbl_compiler.solvers.precision import full_precision
+from nbl_compiler.tensor_parallel import is_spread, whole
 
 # Sketches of the same values differ by float32 summation order: √N rounding steps of 2⁻²⁴.
 SAME_DTYPE_TOLERANCE = 1e-5
@@ -61,13 +62,14 @@ class Sketch:
 def sketch(weight: Tensor) -> Sketch:
     """Return the sketch of a parameter (remembered until the parameter changes)."""
     version = 0 if weight.is_inference() else weight._version  # inference tensors count nothing
-    key: _Key = (version, weight.data_ptr(), weight.dtype)
+    place = weight.to_local().data_ptr() if is_spread(weight) else weight.data_ptr()
+    key: _Key = (version, place, weight.dtype)
     known = _cache.get(weight)
     if known is not None and known[0] == key:
         result = known[1]
         assert isinstance(result, Sketch)
         return result
-    result = _compute(weight.detach())
+    result = _compute(whole(weight.detach()))
     _cache[weight] = (key, result)
     return result
 

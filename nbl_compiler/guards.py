@@ -64,4 +64,6 @@ def guard_recall(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, float]
 
     config = Config(attention=None, ffn=FFN(), holdout=0.0)
     observe_again(model, [batch], config, begin, progress=False)
+    for stage in stages.values():
+        stage.merge_across_processes()
     return {name: stage.recall for name, stage in stages.items()}

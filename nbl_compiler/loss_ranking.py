@@ -30,6 +30,7 @@ from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import Trial
 from nbl_compiler.passes.switches import StandIn, linear_map
 from nbl_compiler.select import Candidate, needs_trials, wanted_count
+from nbl_compiler.several_processes import ALONE, Share
 from nbl_compiler.trial_text import few_rows, kinds_of_text
 
 # How many of the sites that are best alone compete for the next place.
@@ -44,6 +45,7 @@ def rank_attention(
     batches: Iterable[Mapping[str, Any]],
     options: Attention,
     *,
+    share: Share = ALONE,
     progress: bool,
 ) -> tuple[Candidate, ...]:
     """Return the candidates with their ``loss_rank``, and ``loss`` (alone, nats) in the details.
@@ -54,6 +56,7 @@ def rank_attention(
         batches: Model inputs that the maps were not fitted on.
         options: Say how many sites are wanted (further ones keep the order they have alone), and
             what the maps read.
+        share: Of the trials' text, if all processes of a job have the same (see ``Trial``).
         progress: Show a progress bar.
 
     Raises:
@@ -64,7 +67,8 @@ def rank_attention(
     kinds = kinds_of_text(model, list(batches))
     maps = {c.name: linear_map(c.fit.weight, c.fit.bias) for c in candidates}
     states = {c.name: c.states for c in candidates}
-    trial = Trial(model, maps, kinds, residual=options.input == "residual", states=states)
+    residual = options.input == "residual"
+    trial = Trial(model, maps, kinds, residual=residual, states=states, share=share)
     return _ranked(candidates, trial, maps, options, progress)
 
 
@@ -75,6 +79,7 @@ def rank_ffns(
     batches: Iterable[Mapping[str, Any]],
     options: FFN,
     *,
+    share: Share = ALONE,
     progress: bool,
 ) -> tuple[FFNFit, ...]:
     """Return the fits with their ``loss_rank``, and ``loss`` (alone, nats) in the details.
@@ -85,6 +90,7 @@ def rank_ffns(
         fits: The folded FFNs; refused ones get no rank.
         batches: Model inputs that the fits have not seen.
         options: Say how many sites are wanted.
+        share: Of the trials' text, if all processes of a job have the same (see ``Trial``).
         progress: Show a progress bar.
 
     Raises:
@@ -94,7 +100,8 @@ def rank_ffns(
     if not needs_trials(options, len(able)):
         return tuple(fits)
     folded = {name: folded_ffn(sites[name].weights, fit) for name, fit in able.items()}
-    trial = Trial(model, folded, (few_rows(model, list(batches)),), residual=False)
+    text = (few_rows(model, list(batches)),)
+    trial = Trial(model, folded, text, residual=False, share=share)
     return _ranked(fits, trial, folded, options, progress)
 
 

@@ -21,12 +21,14 @@ from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.canonicalize import Canonicalize
+from nbl_compiler.passes.collectives import without_collectives
 from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.match_attention import match
 from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.switches import StandIn, insert_switch
-from nbl_compiler.trial_text import Part
+from nbl_compiler.several_processes import ALONE, Share, all_sum
+from nbl_compiler.trial_text import MOST_KINDS, Part
 from nbl_compiler.value_states import NO_STATES, States
 
 
@@ -39,6 +41,9 @@ class Trial:
         kinds: Kinds of text, each as parts of batches; the worst kind counts.
         residual: Whether attention's stand-ins read the residual stream.
         states: Site name → the value states that its stand-ins get besides.
+        share: Which parts this process runs, if all processes of a ``torch.distributed`` job have
+            the same text. In a job every process makes the same calls, and all get the
+            disturbance over the text of all.
     """
 
     def __init__(
@@ -49,11 +54,12 @@ class Trial:
         *,
         residual: bool,
         states: Mapping[str, States] | None = None,
+        share: Share = ALONE,
     ) -> None:
         self._sites, self._residual = frozenset(sites), residual
         self._states = dict(states or {})
         self._active: Mapping[str, StandIn] = {}
-        self._kinds = kinds
+        self._kinds = _own_parts(kinds, share)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
         self._dense: dict[int, Tensor] = {}
@@ -78,9 +84,13 @@ class Trial:
             self._active = {}
             self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
         self._active = active
-        return max(map(self._disturbance, self._kinds[:kinds]))
+        sums = torch.zeros(MOST_KINDS, 2, dtype=torch.float64)
+        for kind, parts in zip(sums, self._kinds[:kinds], strict=False):
+            kind += torch.tensor(self._error_and_total(parts), dtype=torch.float64)
+        all_sum(sums)
+        return max(error / total if total else 0.0 for error, total in sums.tolist())
 
-    def _disturbance(self, parts: Sequence[Part]) -> float:
+    def _error_and_total(self, parts: Sequence[Part]) -> tuple[float, float]:
         error, total = 0.0, 0.0
         for part in parts:
             dense, other = self._dense[id(part)], self._said(part)
@@ -91,7 +101,7 @@ class Trial:
             else:
                 error += float((other - dense).double().square().sum())
                 total += float((dense - dense.mean(0)).double().square().sum())
-        return error / total if total else 0.0
+        return error, total
 
     def release(self) -> None:
         """Let go of stand-ins and predictions: Dynamo's cache may outlive this object's use."""
@@ -112,6 +122,13 @@ class Trial:
         del inputs
         graph_module = private_copy(graph_module)
         Canonicalize()(graph_module)
+        with without_collectives(graph_module):
+            self._insert_switches(graph_module)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return graph_module.forward
+
+    def _insert_switches(self, graph_module: GraphModule) -> None:
         # Both are matched before a switch hides one site from the other's matcher.
         attention, ffn = match(graph_module).found, match_ffn(graph_module).found
         for one in attention:
@@ -120,15 +137,19 @@ class Trial:
             self._insert_switch(graph_module, one.site, read, one.output)
         for other in ffn:
             self._insert_switch(graph_module, other.site, other.hidden, other.output)
-        graph_module.graph.lint()
-        graph_module.recompile()
-        return graph_module.forward
 
     def _insert_switch(
         self, graph_module: GraphModule, site: str, source: Node, output: Node
     ) -> None:
         if site in self._sites:
             insert_switch(graph_module, source, output, lambda: self._active.get(site))
+
+
+def _own_parts(kinds: Sequence[Sequence[Part]], share: Share) -> list[list[Part]]:
+    """Return the parts that this process runs, of each kind of text."""
+    parts = [(kind, part) for kind, parts in enumerate(kinds) for part in parts]
+    own = parts[share.index :: share.count]
+    return [[part for of, part in own if of == kind] for kind in range(len(kinds))]
 
 
 def _main_output(returned: object) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.several_processes import several_processes
 
 GEMMA = "gemma-3-270m"
 MINILM = "all-minilm-l6-v2"
@@ -86,13 +88,61 @@ def _unpack_minilm(folder: Path) -> None:
         file.extractall(folder)
 
 
-def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Spread:
+    """How a model that is too large for one device is loaded.
+
+    Args:
+        device_map: What ``from_pretrained`` takes: ``auto``, ``balanced``, ``sequential``. Layers
+            go to several devices, to the host's memory, to disk.
+        tensor_parallel: Every process of the job holds a part of each layer.
+    """
+
+    device_map: str | None = None
+    tensor_parallel: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Return arguments of ``from_pretrained``.
+
+        Raises:
+            ConfigError: if this cannot be done here, or contradicts itself.
+        """
+        if self.tensor_parallel:
+            return self._parallel()
+        if self.device_map is None:
+            return {}
+        if several_processes():
+            raise ConfigError(
+                "--device-map spreads a model over the devices of one process; start it without "
+                "torchrun, or give --tensor-parallel"
+            )
+        if find_spec("accelerate") is None:
+            raise ConfigError("--device-map needs accelerate: `pip install nbl-compiler[eval]`")
+        return {"device_map": self.device_map}
+
+    def _parallel(self) -> dict[str, Any]:
+        if self.device_map is not None:
+            raise ConfigError("--tensor-parallel and --device-map are two ways; give one of them")
+        if not several_processes():
+            raise ConfigError(
+                "--tensor-parallel spreads a model over processes; start them by "
+                "`torchrun --nproc-per-node 2 -m nbl_compiler calibrate …`"
+            )
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+
+
+def load_causal(
+    name: str, dtype: str = "float32", device: str = "cpu", spread: Spread | None = None
+) -> tuple[Any, Any]:
     """Return (model in eval mode, tokenizer) for a causal language model.
 
     Args:
         name: A packaged model (``gemma-3-270m``), a folder, or a hub id.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:1`` …
+        spread: How to spread it over several devices instead.
 
     Raises:
         ConfigError: if there is no such model, or the dtype is unknown.
@@ -105,10 +155,12 @@ def load_causal(name: str, dtype: str = "float32", device: str = "cpu") -> tuple
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
+    options = spread.options() if spread is not None else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
-        model = model.to(device).eval()  # type: ignore[arg-type]
-        return model, AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **options)
+        if not options:
+            model = model.to(device)  # type: ignore[arg-type]
+        return model.eval(), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {name!r}: {error}") from error
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.config import Config
-from nbl_compiler.errors import CalibrationError, UnsupportedDtypeError
+from nbl_compiler.errors import CalibrationError, ConfigError, UnsupportedDtypeError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import Stage
 from nbl_compiler.fingerprint import Sketch, sketch
@@ -27,16 +27,19 @@ from nbl_compiler.lowering.value_states import looks_back
 from nbl_compiler.observe_ffn import FFNObservers
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.canonicalize import Canonicalize
+from nbl_compiler.passes.collectives import without_collectives
 from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.graph_tools import Topology, shape_of
 from nbl_compiler.passes.match_attention import MatchAttention
-from nbl_compiler.passes.own_weights import OwnWeights, own_weights
+from nbl_compiler.passes.own_weights import OwnWeights, joined, own_weights
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.passes.sites import AttentionMatch, load_matches
 from nbl_compiler.passes.value_path import value_weights
 from nbl_compiler.rows import RowChooser
+from nbl_compiler.several_processes import ALONE, Failure, Share
 from nbl_compiler.solvers.moments import BufferedMoments, Moments
+from nbl_compiler.tensor_parallel import is_spread
 from nbl_compiler.user_errors import reported_by_dynamo
 from nbl_compiler.value_states import NO_STATES, States
 
@@ -135,6 +138,8 @@ class Observer:
         config: Says which input to observe and how much to hold out.
         attention: Whether to observe attention sites.
         begin_ffn: Makes the stage of an FFN site (see ``FFNObservers``); None leaves them alone.
+        rows: Which of the rows this process takes. The others are taken by processes that run the
+            same model together with this one.
     """
 
     def __init__(
@@ -143,12 +148,14 @@ class Observer:
         *,
         attention: bool = True,
         begin_ffn: Callable[[FFNSite], Stage | None] | None = None,
+        rows: Share = ALONE,
     ) -> None:
         self._attention = attention
         self._states = NO_STATES if config.attention is None else config.attention.states
         self._use_residual = config.attention is not None and config.attention.input == "residual"
-        self._rows = RowChooser(config.holdout, config.seed)
-        self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn)
+        self._rows = RowChooser(config.holdout, config.seed, rows)
+        self._failure = Failure(raised_later=rows.count > 1)
+        self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn, self._failure)
         self._sites: dict[str, _SiteObserver] = {}
         self._rejected: dict[str, Rejected] = {}
 
@@ -180,7 +187,7 @@ class Observer:
         values = dict(zip(names, example_inputs, strict=True))
         graph_module = private_copy(graph_module)
         Canonicalize()(graph_module)
-        with reported_by_dynamo():
+        with reported_by_dynamo(), without_collectives(graph_module):
             MatchAttention()(graph_module)  # FFN sites are named so as not to collide with these
             if self._ffn is not None:
                 self._ffn.insert(graph_module, values, self._rows)
@@ -212,6 +219,15 @@ class Observer:
             weights = tuple(sketch(w) for w in read if isinstance(w, nn.Parameter))
             details = self._details(graph_module, found, source)
             own = None if self._use_residual else own_weights(graph_module, found, values)
+            spread = next((w for w in read if is_spread(w)), None)
+            if spread is not None:
+                if self._states:
+                    raise ConfigError(
+                        f"{site}: a tensor-parallel model has the values of some heads in each "
+                        "process, and maps that read values need all; calibrate with taps=0, or "
+                        "load the model with a device_map instead"
+                    )
+                own = joined(own, spread)
             self._sites[site] = _SiteObserver(details, weights, possible, own)
         observer = self._sites[site]
         if possible != observer.states:
@@ -221,7 +237,7 @@ class Observer:
             )
 
         def observe(x: Tensor, y: Tensor, stream: Tensor, mask: Tensor | None) -> None:
-            with _naming(site):
+            with self._failure, _naming(site):
                 split = self._rows.split(site, x)
                 if mask is not None:
                     observer.check_mask(mask, split)
@@ -255,6 +271,7 @@ class Observer:
         Raises:
             CalibrationError: naming the site whose last rows hold NaN or infinity.
         """
+        self._failure.check()
         sites = {}
         for name, site in self._sites.items():
             with _naming(name):

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import UnsupportedDtypeError
 from nbl_compiler.ffn.sites import FFNRows, FFNSite
@@ -23,6 +23,8 @@ from nbl_compiler.passes.graph_tools import shape_of
 from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.rows import RowChooser
+from nbl_compiler.several_processes import Failure
+from nbl_compiler.tensor_parallel import is_spread, whole, whole_of_parts
 
 
 class FFNObservers:
@@ -30,10 +32,11 @@ class FFNObservers:
 
     Args:
         begin: Makes the stage of a site when it is first seen, or returns None to pass it over.
+        failure: Receives the errors of a stage.
     """
 
-    def __init__(self, begin: Callable[[FFNSite], Stage | None]) -> None:
-        self._begin = begin
+    def __init__(self, begin: Callable[[FFNSite], Stage | None], failure: Failure) -> None:
+        self._begin, self._failure = begin, failure
         self.sites: dict[str, FFNSite] = {}
         self.stages: dict[str, Stage] = {}
         self.rejected: dict[str, Rejected] = {}
@@ -65,12 +68,19 @@ class FFNObservers:
         if stage is None:
             return
 
+        down = values.get(found.down.weight.name)
+        device = self.sites[name].weights.w1.device
+
         def observe(x: Tensor, hidden: Tensor, y: Tensor) -> None:
-            parts = [t.detach().reshape(-1, t.shape[-1]) for t in (x, hidden, y)]
-            rows = FFNRows(*parts)
-            for held, chosen in enumerate(chooser.split(name, x)):
-                if chosen.numel():
-                    stage.add(rows.select(chosen), held=bool(held))
+            if is_spread(down):
+                hidden = whole_of_parts(hidden, -1, down)
+            # Weights that are kept elsewhere come to the device for the forward pass alone.
+            x, hidden, y = (t.detach().to(device) for t in (x, hidden, y))
+            rows = FFNRows(*(t.reshape(-1, t.shape[-1]) for t in (x, hidden, y)))
+            with self._failure:
+                for held, chosen in enumerate(chooser.split(name, x)):
+                    if chosen.numel():
+                        stage.add(rows.select(chosen), held=bool(held))
 
         with graph_module.graph.inserting_after(found.output):
             graph_module.graph.call_function(
@@ -78,7 +88,11 @@ class FFNObservers:
             )
 
     def _start(self, found: FFNMatch, values: Mapping[str, Any]) -> bool:
-        weights = ffn_weights(found, lambda node: values.get(node.name))
+        def value_of(node: Node) -> Tensor | None:
+            value = values.get(node.name)
+            return None if value is None else whole(value)
+
+        weights = ffn_weights(found, value_of)
         if weights is None:
             reason = "its weights are not parameters of the model"
             self.rejected.setdefault(

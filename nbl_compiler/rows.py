@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nbl_compiler.several_processes import ALONE, Share
+
 # Tokens a block: long enough that neighbours of held-out tokens are mostly held out too, short
 # enough that a few thousand tokens give a useful held-out part.
 HOLDOUT_BLOCK = 64
@@ -27,18 +29,20 @@ class RowChooser:
     Args:
         holdout: Fraction of the blocks to hold out.
         seed: Of the hash.
+        share: Which of the rows this process takes, of both kinds.
     """
 
-    def __init__(self, holdout: float, seed: int) -> None:
-        self._holdout, self._seed = holdout, seed
+    def __init__(self, holdout: float, seed: int, share: Share = ALONE) -> None:
+        self._holdout, self._seed, self._share = holdout, seed, share
         self._chosen: dict[tuple[Side, int, int], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[Side, int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._masks: dict[Side, Tensor] = {}
         self._contents: dict[Side, list[Tensor]] = {}
         self._two_stacks = False
 
     def start_batch(self, inputs: Mapping[str, Any]) -> None:
         """Take note of a batch's padding and content before the model runs it."""
-        self._chosen.clear()
+        self._chosen, self._moved = {}, {}
         self._masks, self._contents = {}, {"encoder": [], "decoder": []}
         tensors = {name: v for name, v in sorted(inputs.items()) if isinstance(v, Tensor)}
         self._two_stacks = any(_side(name) == "decoder" for name in tensors)
@@ -55,11 +59,11 @@ class RowChooser:
 
     @property
     def tokens(self) -> int:
-        """Number of rows of this batch that count, padding left out."""
+        """Number of rows of this batch that count (in any process), padding left out."""
         return sum(train.numel() + held.numel() for train, held in self._chosen.values())
 
     def split(self, site: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the training and of the held-out rows of a site's input.
+        """Return the indices of the training and of the held-out rows to take of a site's input.
 
         Args:
             site: Name of the site; it tells the decoder of an encoder-decoder from its encoder.
@@ -69,9 +73,13 @@ class RowChooser:
         batch, length = self._batch_and_length(side, x)
         key = (side, batch, length)
         if key not in self._chosen:
-            train, held = self._choose(side, batch, length)
-            self._chosen[key] = (train.to(x.device), held.to(x.device))
-        return self._chosen[key]
+            self._chosen[key] = self._choose(side, batch, length)
+        there = (*key, x.device)  # sites of one model may lie on several devices
+        if there not in self._moved:
+            own = slice(self._share.index, None, self._share.count)
+            train, held = self._chosen[key]
+            self._moved[there] = (train[own].to(x.device), held[own].to(x.device))
+        return self._moved[there]
 
     def _batch_and_length(self, side: Side, x: Tensor) -> tuple[int, int]:
         if x.ndim > 2:

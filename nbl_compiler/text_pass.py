@@ -11,7 +11,7 @@ from torch import nn
 
 from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
 from nbl_compiler.config import Config
-from nbl_compiler.distributed import fail_together
+from nbl_compiler.distributed import fail_together, in_any_process
 from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
@@ -19,10 +19,17 @@ from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.progress import token_bar
 from nbl_compiler.row_openings import RowOpenings
 from nbl_compiler.select import check_selection
+from nbl_compiler.several_processes import ALONE, Share
+from nbl_compiler.text_share import length_of
 
 
 def observe(
-    model: nn.Module, batches: Iterable[Batch], config: Config, *, progress: bool
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    *,
+    rows: Share = ALONE,
+    progress: bool,
 ) -> Observation:
     """Run the first pass: moments of attention sites, and of the neurons of FFN sites."""
     ffn = config.ffn
@@ -33,7 +40,7 @@ def observe(
         def begin(site: FFNSite) -> Stage | None:
             return NeuronStage(site, ranges=ranges and not site.weights.gated)
 
-    observer = Observer(config, attention=config.attention is not None, begin_ffn=begin)
+    observer = Observer(config, attention=config.attention is not None, begin_ffn=begin, rows=rows)
 
     def check() -> None:
         if config.attention is not None and observer.site_names:
@@ -50,22 +57,21 @@ def observe_again(
     config: Config,
     begin: Callable[[FFNSite], Stage | None],
     *,
+    rows: Share = ALONE,
     progress: bool,
 ) -> None:
-    """Run a further pass over the FFN sites for which ``begin`` returns a stage."""
-    observer = Observer(config, attention=False, begin_ffn=begin)
+    """Run a further pass over the FFN sites for which ``begin`` returns a stage.
 
-    def check_seen() -> None:
-        if not observer.ffn_names:
-            raise CalibrationError(
-                "the batches could be gone through only once, but FFNs take several passes; give "
-                "a list of batches, or an iterator (whose batches are kept)"
-            )
-
-    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None, check_seen)
+    The stages are this process's alone; the caller merges them.
+    """
+    observer = Observer(config, attention=False, begin_ffn=begin, rows=rows)
+    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
     assert seen.ffn is not None
-    for stage in seen.ffn.stages.values():
-        stage.merge_across_processes()
+    if not in_any_process(bool(seen.ffn.sites)):  # of a few batches, some processes have none
+        raise CalibrationError(
+            "the batches could be gone through only once, but FFNs take several passes; give "
+            "a list of batches, or an iterator (whose batches are kept)"
+        )
 
 
 def _run(
@@ -75,13 +81,11 @@ def _run(
     title: str,
     progress: bool,
     check: Callable[[], None],
-    check_seen: Callable[[], None] = lambda: None,
 ) -> Observation:
     """Run the model over the batches; if that fails, it fails in every process."""
     error = None
     try:
         _run_batches(model, batches, observer, title, progress, check)
-        check_seen()
         observation = observer.finish()
     except NBLError as failure:
         error = failure
@@ -103,7 +107,7 @@ def _run_batches(
     cheap = cheap_arguments(model)
     device = device_of(model)
     openings = RowOpenings(model)
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    total = length_of(batches)
     with torch.no_grad(), many_shapes(), token_bar(total, title, progress) as advance:
         for number, batch in enumerate(batches):
             inputs = model_inputs(model, batch, device)

@@ -15,6 +15,8 @@ from nbl_compiler.batches import cheap_arguments
 # Fewer tokens make the order a matter of luck.
 TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
+# As it is, repeated and recoded.
+MOST_KINDS = 3
 # Rows of fewer tokens say nothing when they are repeated or recoded.
 MIN_EDITED = 16
 # How many tokens of a row's vocabulary are replaced: punctuation, articles, the words of its topic.

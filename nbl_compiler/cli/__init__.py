@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from nbl_compiler.cli.job import own_rank, processes, refuse_job
 from nbl_compiler.cli.judge_plans import bench, evaluate, explain
 from nbl_compiler.cli.make_plans import calibrate, plan_for_budget, refit
 from nbl_compiler.cli.run_models import demo, generate, minify
@@ -15,8 +16,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make a pretrained transformer faster without fine-tuning it.",
 )
+
+
+@app.callback()
+def check_processes(context: typer.Context) -> None:
+    """Make a pretrained transformer faster without fine-tuning it."""
+    command = context.invoked_subcommand
+    if command is not None and command != "calibrate":
+        refuse_job(command)
+
+
 app.command("calibrate")(calibrate)
 app.command("plan")(plan_for_budget)
 app.command("refit")(refit)
@@ -29,9 +39,16 @@ app.command("minify")(minify)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line on stderr and status 1."""
+    """Run the command line; a user's mistake ends in one line on stderr and status 1.
+
+    In a job that is one line, too, if all processes know which one failed.
+    """
     try:
         app()
     except (NBLError, FileNotFoundError) as error:
-        sys.stderr.write(f"nbl: {error}\n")
+        teller = getattr(error, "told_by", None)
+        if teller is None and processes() > 1:
+            sys.stderr.write(f"nbl: process {own_rank()}: {error}\n")
+        elif teller in (None, own_rank()):
+            sys.stderr.write(f"nbl: {error}\n")
         sys.exit(1)

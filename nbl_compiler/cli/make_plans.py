@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nbl_compiler.cli.job import job, own_rank, together
 from nbl_compiler.cli.shared import (
     Column,
     Device,
@@ -61,13 +62,22 @@ def calibrate(
     ] = "original",
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model over devices and memory, such as auto.")
+    ] = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="One model over torchrun's processes.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Calibrate a model on text and write the plan."""
+    """Calibrate a model on text and write the plan.
+
+    Started by torchrun, every process takes its share of the text.
+    """
     from nbl_compiler.calibration import calibrate as run
     from nbl_compiler.config import FFN, Attention, Config
-    from nbl_compiler.models import load_causal
+    from nbl_compiler.models import Spread, load_causal
     from nbl_compiler.text import TextSource, token_batches
 
     linearize = Attention(
@@ -81,17 +91,23 @@ def calibrate(
     )  # fmt: skip
     asked = ffn or ffn_count is not None or ffn_layers or ffn_max_nmse is not None
     config = Config(linearize if attention else None, fold if asked else None, ridge_of(ridge))
-    check_folder(plan)
-    loaded, tokenizer = load_causal(model, dtype, device)
-    documents = TextSource(text, split, column).documents()
-    batches = token_batches(documents, tokenizer, tokens=tokens, length=length, batch=batch)
-    made = run(loaded, batches, config, progress=not quiet)
-    made.save(plan)
-    if as_json:
-        print_json({"plan": str(plan), "digest": made.digest, **made.header()})
-    else:
-        console.print(str(made), highlight=False, markup=False)
-        console.print(f"written to {plan}")
+    with job(device) as own_device:
+        with together():
+            if own_rank() == 0:
+                check_folder(plan)
+            spread = Spread(device_map, tensor_parallel)
+            loaded, tokenizer = load_causal(model, dtype, own_device, spread)
+            documents = TextSource(text, split, column).documents()
+            batches = token_batches(documents, tokenizer, tokens=tokens, length=length, batch=batch)
+        made = run(loaded, batches, config, whole_text=True, progress=not quiet)
+        if own_rank() > 0:
+            return
+        made.save(plan)
+        if as_json:
+            print_json({"plan": str(plan), "digest": made.digest, **made.header()})
+        else:
+            console.print(str(made), highlight=False, markup=False)
+            console.print(f"written to {plan}")
 
 
 def plan_for_budget(

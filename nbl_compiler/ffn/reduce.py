@@ -1,4 +1,4 @@
-"""Sums over the processes of a ``torch.distributed`` job."""
+"""What FFN stages add up over the processes of a ``torch.distributed`` job."""
 
 from __future__ import annotations
 
@@ -6,30 +6,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from nbl_compiler.several_processes import several_processes
+from nbl_compiler.several_processes import all_sum, reduce_in_place, several_processes
 from nbl_compiler.solvers.ffn_moments import RegressionMoments
 from nbl_compiler.solvers.ranges import RangeHistogram
 
 AnyMoments = TypeVar("AnyMoments", bound=RegressionMoments)
-
-
-def all_sum(*tensors: Tensor) -> None:
-    """Replace every tensor, in place, by its sum over the processes."""
-    if several_processes():
-        for tensor in tensors:
-            _reduce(tensor, dist.ReduceOp.SUM)
-
-
-def _reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-    """Reduce in place; NCCL takes tensors on the GPU alone, and counters live on the host."""
-    if dist.get_backend() != "nccl" or tensor.is_cuda:
-        dist.all_reduce(tensor, op=op)
-        return
-    moved = tensor.cuda()
-    dist.all_reduce(moved, op=op)
-    tensor.copy_(moved)
 
 
 def merged_moments(moments: AnyMoments) -> AnyMoments:
@@ -59,8 +41,8 @@ def merged_histogram(histogram: RangeHistogram) -> RangeHistogram:
     if not several_processes():
         return histogram
     lowest, highest = histogram.minimum.clone(), histogram.maximum.clone()
-    _reduce(lowest, dist.ReduceOp.MIN)
-    _reduce(highest, dist.ReduceOp.MAX)
+    reduce_in_place(lowest, dist.ReduceOp.MIN)
+    reduce_in_place(highest, dist.ReduceOp.MAX)
     merged = histogram.covering(lowest, highest)
     tokens = torch.tensor([merged.tokens])
     all_sum(merged.counts, tokens)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nbl_compiler.errors import CalibrationError
-from nbl_compiler.ffn.reduce import all_sum, merged_histogram, merged_moments
+from nbl_compiler.ffn.reduce import merged_histogram, merged_moments
 from nbl_compiler.ffn.sites import FFNRows, FFNSite
 from nbl_compiler.lowering.guarded_ffn import (
     choose,
@@ -27,6 +27,7 @@ from nbl_compiler.lowering.guarded_ffn import (
 )
 from nbl_compiler.lowering.guarded_fit import SlopeMoments, Slopes
 from nbl_compiler.lowering.guarded_site import GuardedFFN, hidden_values
+from nbl_compiler.several_processes import all_sum
 from nbl_compiler.solvers.ffn_moments import FFNMoments, KeptMoments, RegressionMoments
 from nbl_compiler.solvers.folding import FFNWeights, dense_ffn
 from nbl_compiler.solvers.ranges import RangeHistogram

@@ -143,11 +143,17 @@ def is_view(node: object) -> bool:
     """Tell whether the node only rearranges, slices or casts one tensor."""
     if isinstance(node, Node) and is_call(node, {getattr}):
         return argument(node, 1, "name") in {"T", "mT", "H"}
-    return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS | _CAST_METHODS)
+    return is_call(node, _VIEW_FUNCTIONS, _VIEW_METHODS) or is_cast(node)
 
 
 def is_cast(node: object) -> bool:
-    """Tell whether the node converts one tensor to another dtype or device."""
+    """Tell whether the node converts one tensor to another dtype or device.
+
+    So does one that takes this process's part of a tensor-parallel weight.
+    """
+    if is_call(node, (), {"to_local"}):
+        assert isinstance(node, Node)
+        return is_weight(node.args[0])
     return is_call(node, (), _CAST_METHODS)
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.sites import AttentionMatch
+from nbl_compiler.tensor_parallel import whole_of_parts
 
 # What is read off must explain a random input to this relative error.
 TOLERANCE = 1e-3
@@ -75,6 +77,25 @@ def own_weights(
     )
 
 
+def joined(own: OwnWeights | None, weight: Any) -> OwnWeights | None:
+    """Return the maps of all heads, from those of this process's heads of a tensor-parallel site.
+
+    Args:
+        own: Of this process's heads, in float64, or None where they cannot be told.
+        weight: A weight of the site; its processes must all ask, and get None if one of them does.
+    """
+    group = weight.device_mesh.get_group()
+    told: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(told, own is not None, group=group)
+    if own is None or not all(told):
+        return None
+    value, output = (part.to(weight.device) for part in (own.value, own.output))
+    return OwnWeights(
+        whole_of_parts(value, 0, weight).to(own.value.device),
+        whole_of_parts(output, 1, weight).contiguous().to(own.output.device),
+    )
+
+
 def _of_heads(made: Tensor) -> Tensor:
     return made.transpose(1, 2).flatten(2)
 
@@ -92,7 +113,7 @@ class _Probe:
         self._graph_module, self._values = graph_module, values
         self._topology = Topology(graph_module)
         self._batch, self._length = (_hint(size) for size in like.shape[:2])
-        self._dtype = like.dtype
+        self._dtype, self._device = like.dtype, like.device
 
     def matrix(
         self,
@@ -135,11 +156,10 @@ class _Probe:
                 known[node] = value.detach()
             else:
                 return None  # it depends on the text
-        device = next((v.device for v in known.values() if isinstance(v, Tensor)), None)
-        if device is None:
+        if not any(isinstance(value, Tensor) for value in known.values()):
             return None
         nodes = [node for node in cone if node is not source and node not in known]
-        return _Run(self._graph_module, source, target, nodes, known, device)
+        return _Run(self._graph_module, source, target, nodes, known, self._device)
 
 
 @dataclass(frozen=True)

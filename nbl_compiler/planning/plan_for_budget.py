@@ -15,7 +15,7 @@ from nbl_compiler.batches import Batch
 from nbl_compiler.calibration import Calibrated, all_but_last, observe_forms
 from nbl_compiler.config import FFN, Config
 from nbl_compiler.cost import measure_machine
-from nbl_compiler.errors import CalibrationError
+from nbl_compiler.errors import CalibrationError, ConfigError
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import Trial
 from nbl_compiler.passes.switches import StandIn, linear_map
@@ -26,6 +26,7 @@ from nbl_compiler.planning.search import Choice, State, pareto, search
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.select import attention_site, ffn_site
+from nbl_compiler.several_processes import several_processes
 from nbl_compiler.trial_text import kinds_of_text
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
@@ -75,9 +76,11 @@ def plan(
         none reaches the speed-up).
 
     Raises:
-        ConfigError: if the model cannot run such a step.
+        ConfigError: if the model cannot run such a step, or in a ``torch.distributed`` job.
         NBLError: As ``nbl.calibrate``.
     """
+    if several_processes():  # they would measure different machines, and search different ways
+        raise ConfigError("plan runs in one process; give its plan to the others")
     space = space or Space.suited_to(budget)
     model = getattr(model, "_orig_mod", model)
     aside: list[dict[str, Any]] = []
