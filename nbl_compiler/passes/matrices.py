@@ -1,0 +1,51 @@
+"""How a plan's matrices get into a graph: as floats, or as int8 like the weights they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from nbl_compiler.int8_weights import Int8Matrix, Quantize, is_quantized
+from nbl_compiler.lowering.int8_linear import int8_linear
+from nbl_compiler.passes.emit import Emitter
+from nbl_compiler.passes.graph_tools import example_value
+from nbl_compiler.passes.lifting import lift
+
+
+def holds_int8(weights: Sequence[Node], quantize: Quantize) -> bool:
+    """Tell whether the matrices of a site are to be held as int8.
+
+    Args:
+        weights: The parameters that the site's region reads.
+        quantize: ``"auto"``: if all matrices among them are quantized.
+    """
+    if quantize != "auto":
+        return quantize == "int8"
+    values = [v for node in weights if isinstance(v := example_value(node), Tensor)]
+    matrices = [value for value in values if value.ndim == 2]
+    return bool(matrices) and all(map(is_quantized, matrices))
+
+
+def lift_matrix(graph_module: GraphModule, name: str, matrix: Tensor | Int8Matrix) -> list[Node]:
+    """Bring a matrix into the graph: one input, or codes and scale."""
+    if isinstance(matrix, Tensor):
+        return [lift(graph_module, name, matrix)]
+    return [
+        lift(graph_module, f"{name}_codes", matrix.codes),
+        lift(graph_module, f"{name}_scale", matrix.scale),
+    ]
+
+
+def emit_linear(emitter: Emitter, x: Node, matrix: Sequence[Node], bias: Node | None) -> Node:
+    """Add ``x matrixᵀ + bias`` for a matrix from ``lift_matrix``."""
+    layer = F.linear if len(matrix) == 1 else int8_linear
+    return emitter.call(layer, x, *matrix, bias)
+
+
+def rounding_note(site: str, exact: Tensor, held: Int8Matrix) -> str:
+    """Say how far a plan's matrix is from what is held of it."""
+    error = (exact.float() - held.dequantized()).norm() / exact.float().norm()
+    return f"{site}: int8, {float(error):.2g} of its norm off"
