@@ -13,9 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INT8_STREAM_TOKENS = 16
-"""Most tokens that are streamed: the loop costs the same for each token, the conversion of the
-whole matrix costs as much as about sixteen."""
+from nbl_compiler.lowering.widened import widened
+
+_STREAM_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}
+
+
+def int8_stream_tokens(dtype: torch.dtype) -> int:
+    """Return the most tokens that are streamed, for x of this dtype; 0 if none are.
+
+    The loop costs the same for each token. The other way costs a conversion of the whole matrix,
+    which is worth about so many.
+    """
+    return _STREAM_TOKENS.get(dtype, 0)
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,9 +40,10 @@ def streamed_int8_linear(
 ) -> Tensor:
     """The same for a few tokens, as multiply-and-sum in float32."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] > INT8_STREAM_TOKENS:
+    if flat.shape[0] > int8_stream_tokens(x.dtype):
         return int8_linear(x, codes, scale, bias)
+    wide = flat if flat.dtype == torch.float32 else widened(flat)
     # [n, t, d]: a row of codes is read once and stays in cache for all tokens.
-    made = (codes.float()[:, None] * flat.float()).sum(-1).t() * scale
+    made = (codes.float()[:, None] * wide).sum(-1).t() * scale
     made = made if bias is None else made + bias
     return made.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])

@@ -3,7 +3,7 @@
     before   y = linear(x, W, b)               x [..., d] of at most 4 tokens, W [n, d]
     after    y = streamed_linear(x, W, b)      the same, summed in another order
 
-    before   y = linear(x, W, b)               W held as int8, of at most 16 tokens; or int8_linear
+    before   y = linear(x, W, b)               W held as int8, at most 16 tokens; or int8_linear
     after    y = streamed_int8_linear(x, codes, scale, b)
 
 Whether it applies is decided from static shapes: the step of a decode, not its prefill. Matrices
@@ -12,6 +12,7 @@ stored as [d, n] (``Conv1D``) stay, since their rows do not lie in memory one af
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,8 +24,8 @@ from torch.fx import GraphModule, Node
 
 from nbl_compiler.int8_weights import int8_matrix, is_quantized
 from nbl_compiler.lowering.int8_linear import (
-    INT8_STREAM_TOKENS,
     int8_linear,
+    int8_stream_tokens,
     streamed_int8_linear,
 )
 from nbl_compiler.lowering.streamed_linear import STREAM_TOKENS, streamed_linear
@@ -45,11 +46,11 @@ class StreamProducts:
     def __call__(self, graph_module: GraphModule) -> PassReport:
         count = int8 = 0
         for node in list(graph_module.graph.nodes):
-            if is_call(node, {int8_linear}) and _few(node, INT8_STREAM_TOKENS):
+            if is_call(node, {int8_linear}) and _few(node, int8_stream_tokens):
                 node.target = streamed_int8_linear
-            elif is_call(node, _LINEAR) and _is_int8(node) and _few(node, INT8_STREAM_TOKENS):
+            elif is_call(node, _LINEAR) and _is_int8(node) and _few(node, int8_stream_tokens):
                 _read_codes(node)
-            elif is_call(node, _LINEAR) and _is_plain(node) and _few(node, STREAM_TOKENS):
+            elif is_call(node, _LINEAR) and _is_plain(node) and _few(node, lambda _: STREAM_TOKENS):
                 node.args = _arguments(node)
                 node.kwargs = {}
                 node.target = streamed_linear
@@ -85,7 +86,7 @@ def _is_plain(node: Node) -> bool:
     return weight.dtype == value.dtype and weight.ndim == 2 and weight.stride(-1) == 1
 
 
-def _few(node: Node, most: int) -> bool:
+def _few(node: Node, most: Callable[[torch.dtype], int]) -> bool:
     """Tell whether the layer runs on a CPU, on a known and small number of tokens."""
     x = argument(node, 0, "input")
     value = example_value(x) if isinstance(x, Node) else None
@@ -96,7 +97,7 @@ def _few(node: Node, most: int) -> bool:
         value.device.type == "cpu"
         and value.dtype in _DTYPES
         and all(isinstance(size, int) for size in sizes)
-        and 0 < prod(sizes) <= most
+        and 0 < prod(sizes) <= most(value.dtype)
     )
 
 
