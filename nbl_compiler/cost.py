@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from nbl_compiler.int8_weights import held_tensors, is_quantized
+from nbl_compiler.int8_weights import held_tensors, int8_matrix, is_quantized
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
 from nbl_compiler.lowering.int8_linear import int8_linear, streamed_int8_linear
@@ -180,7 +180,8 @@ def _traffic(operands: list[Tensor], out: Tensor) -> int:
 def _bytes(tensor: Tensor) -> int:
     """Bytes a tensor occupies; expanded dimensions (stride 0) occupy none."""
     if is_quantized(tensor):
-        return sum(map(_bytes, held_tensors(tensor)))
+        read = int8_matrix(tensor)
+        return sum(map(_bytes, held_tensors(tensor) if read is None else (read.codes, read.scale)))
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return prod(_int(n) for n, stride in pairs if _int(stride) != 0) * tensor.element_size()
 

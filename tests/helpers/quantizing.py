@@ -1,0 +1,84 @@
+"""Tiny models quantized by torchao, and what they compute, by dequantized weights and surgery."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from helpers.ffn_surgery import LAYOUTS, fold_by_surgery
+from helpers.tiny import texts, tiny
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import nbl_compiler as nbl
+from nbl_compiler.int8_weights import quantize_rows
+from nbl_compiler.plans import Plan, Site
+from nbl_compiler.value_states import joined_weight, split_weight, states_of
+
+CONFIG = Int8WeightOnlyConfig(set_inductor_config=False)
+Filter = Callable[[nn.Module, str], bool]
+
+
+def quantized(model: nn.Module, config: Any = CONFIG, which: Filter | None = None) -> nn.Module:
+    """Return a copy of the model whose linear layers torchao quantized."""
+    result = copy.deepcopy(model)
+    quantize_(result, config, filter_fn=which)
+    return result
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """Return a copy of a quantized model with the plain weights that its own stand for."""
+    result = copy.deepcopy(model)
+    for module in result.modules():
+        weight = getattr(module, "weight", None)
+        if type(weight).__name__ == "Int8Tensor":
+            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    return result
+
+
+def held(plan: Plan) -> Plan:
+    """Return the plan with every matrix as it is after quantization."""
+
+    def rounded(matrix: Tensor) -> Tensor:
+        return quantize_rows(matrix).dequantized()
+
+    def of(site: Site) -> Site:
+        tensors = dict(site.tensors)
+        if site.decision == "rewritten" and site.kind == "attention":
+            width = tensors["weight"].shape[1]
+            tensors |= split_weight(rounded(joined_weight(tensors)), width, states_of(site.details))
+        elif site.decision == "rewritten":
+            tensors |= {name: rounded(tensors[name]) for name in ("weight", "down")}
+        return replace(site, tensors=tensors)
+
+    return replace(plan, sites=tuple(map(of, plan.sites)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tiny model, its plan, both quantized, and the oracle of that."""
+
+    name: str
+    model: nn.Module
+    quantized: nn.Module
+    plan: Plan
+    oracle: nn.Module
+
+
+@cache
+def subject(name: str, dtype: torch.dtype = torch.float32, **attention: Any) -> Subject:
+    """Calibrate a plan on float weights (first attention, second FFN), and quantize then."""
+    model = tiny(name).to(dtype)
+    config = nbl.Config(
+        attention=nbl.Attention(layers=(0,), **attention), ffn=nbl.FFN(layers=(1,), keep=0.25)
+    )
+    plan = nbl.calibrate(model, texts(), config, progress=False)
+    assert len(plan.rewritten) == 2
+    nbl.attach(model, None)
+    of_int8 = quantized(model)
+    oracle = fold_by_surgery(dequantized(of_int8), held(plan), LAYOUTS[name])
+    return Subject(name, model, of_int8, plan, oracle)
