@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def _peaks(greatest: Tensor) -> tuple[float, float]:
 
 def _rounding(matrix: Int8Matrix) -> float:
     """Return ‖E‖ of a rounding error that is uniform over each step."""
-    return float(matrix.scale.double().norm()) * (matrix.codes.shape[1] / 12) ** 0.5
+    return float(matrix.scale.double().norm()) * sqrt(matrix.codes.shape[1] / 12)
 
 
 def _pattern(size: int, like: Tensor) -> Tensor:

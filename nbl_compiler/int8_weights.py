@@ -100,16 +100,13 @@ def int8_of(weight: Tensor, what: str) -> Int8Matrix:
     return matrix
 
 
-def dense(weight: Tensor) -> Tensor:
-    """Return a weight as a plain tensor, dequantized if it is held as int8."""
-    if not is_quantized(weight):
-        return weight.detach()
-    return int8_of(weight, "a weight").dequantized(weight.dtype)
+def held_parts(weight: Tensor) -> dict[str, Tensor]:
+    """Return name → tensor of the tensors that a quantized weight consists of."""
+    whole: Any = weight
+    names, _ = whole.__tensor_flatten__()
+    return {name: getattr(whole, name) for name in names}
 
 
 def held_tensors(tensor: Tensor) -> list[Tensor]:
     """Return the plain tensors that a tensor's memory consists of: codes and scales, or itself."""
-    if not is_quantized(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [getattr(tensor, name) for name in names]
+    return list(held_parts(tensor).values()) if is_quantized(tensor) else [tensor]

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from nbl_compiler import registry
 from nbl_compiler.errors import ConfigError, WeightsReleasedError
 from nbl_compiler.fingerprint import remember_sketch, sketch
-from nbl_compiler.int8_weights import held_tensors, is_quantized
+from nbl_compiler.int8_weights import held_parts, held_tensors, is_quantized
 from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
@@ -138,9 +138,8 @@ def _unread(
 def _let_go(parameter: nn.Parameter) -> None:
     known = sketch(parameter)
     if is_quantized(parameter):
-        names, _ = parameter.__tensor_flatten__()  # type: ignore[operator]
-        for name in names:
-            setattr(parameter, name, _stand_in(getattr(parameter, name)))
+        for name, part in held_parts(parameter).items():
+            setattr(parameter, name, _stand_in(part))
     else:
         parameter.data = _stand_in(parameter)
     mark_released(parameter)

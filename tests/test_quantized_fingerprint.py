@@ -133,5 +133,5 @@ def test_a_plan_of_an_older_release() -> None:
     old = replace(plan, fingerprint=tuple(replace(s, peaks=None) for s in plan.fingerprint))
     old = plan_file.from_bytes(plan_file.to_bytes(old))
     output(compiled(model, plan=old), text())
-    with pytest.raises(PlanMismatchError, match="of an older release.*before it is quantized"):
+    with pytest.raises(PlanMismatchError, match=r"of an older release.*before it is quantized"):
         output(compiled(quantized(model), plan=old), text())

@@ -2,9 +2,9 @@
 
     y = scale ⊙ (x codesᵀ) + b        x [..., d], codes [n, d] int8, scale [n] float32, b [n]
 
-The scale comes behind the sum, so no row has to be multiplied by it. For a few tokens Inductor makes
-one loop of it that reads the codes, converts them in registers and sums in float32: the matrix
-never exists in a wider type. For more, it is converted once a call for an ordinary matrix product.
+The scale comes behind the sum, so no row has to be multiplied by it. For a few tokens Inductor
+makes one loop of it that reads the codes, converts them in registers and sums in float32: the
+matrix never exists in a wider type. For more, it is converted once a call for a matrix product.
 """
 
 from __future__ import annotations

@@ -13,40 +13,29 @@ held as int8, so are the copies (``matrices.py``), the kept rows bit for bit.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
 from nbl_compiler.ffn.guarded import restore
 from nbl_compiler.guard_counters import accumulate
-from nbl_compiler.int8_weights import (
-    Int8Matrix,
-    Quantize,
-    int8_of,
-    is_quantized,
-    quantize_rows,
-    stacked,
-)
+from nbl_compiler.int8_weights import Int8Matrix, Quantize
 from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, store_folded
+from nbl_compiler.passes.ffn_tensors import FFNTensors
 from nbl_compiler.passes.ffn_weights import ffn_weights, parameter_value
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
-from nbl_compiler.passes.matrices import emit_linear, holds_int8, lift_matrix
+from nbl_compiler.passes.matrices import emit_linear, holds_int8, rounding_notes
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.solvers.folding import FFNWeights
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class FoldFFN:
         rewriting = partial(rewrite, quantize=self.quantize)
         done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewriting)
         store_folded(graph_module, done)
-        return report
+        return replace(report, notes=rounding_notes(self.plan, done, "ffn", self.quantize))
 
 
 def rewrite(
@@ -86,7 +75,7 @@ def rewrite(
     _check(site, match, like, target, weights)
     parameters = tuple(map(parameter_value, match.weights))
     int8 = holds_int8(match.weights, quantize)
-    source = _Source(graph_module, site, plan, weights, parameters, like, int8)
+    source = FFNTensors(graph_module, site, plan, weights, parameters, like, int8)
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "fold_ffn"}}
     graph = graph_module.graph
     with graph.inserting_before(match.output.next):
@@ -101,73 +90,7 @@ def rewrite(
     return output
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where one site's tensors come from: the plan, and the model's weights."""
-
-    graph_module: GraphModule
-    site: Site
-    plan: Plan
-    weights: FFNWeights | None
-    parameters: tuple[nn.Parameter | None, ...]
-    like: Tensor
-    int8: bool
-
-    def lift(self, name: str, make: Callable[[], Tensor]) -> Node:
-        """Bring a tensor into the graph; it is made once for all graphs of the plan."""
-        return lift(self.graph_module, f"{self.site.name}_{name}", self._once(name, make))
-
-    def matrix(self, name: str, make: Callable[[], Sequence[Tensor | Int8Matrix]]) -> list[Node]:
-        """Bring rows of a matrix into the graph, one below the other; as int8 if asked for."""
-        join = self._joined_int8 if self.int8 else self._joined
-        made: Tensor | Int8Matrix = self._once(name, lambda: join(make()))
-        return lift_matrix(self.graph_module, f"{self.site.name}_{name}", made)
-
-    def _once(self, name: str, make: Callable[[], Made]) -> Made:
-        # What is made of quantized weights is no good for the same model before quantization.
-        held = (self.int8, any(map(is_quantized, self.parameters)))
-        return self.plan.remember(
-            (self.site.name, name, self.like.dtype, self.like.device, *held), make
-        )
-
-    def _joined(self, parts: Sequence[Tensor | Int8Matrix]) -> Tensor:
-        dtype, device = self.like.dtype, self.like.device
-        plain = [p if isinstance(p, Tensor) else p.dequantized() for p in parts]
-        return torch.cat([part.to(device, dtype) for part in plain]).contiguous()
-
-    def _joined_int8(self, parts: Sequence[Tensor | Int8Matrix]) -> Int8Matrix:
-        device = self.like.device
-        return stacked(quantize_rows(p.to(device)) if isinstance(p, Tensor) else p for p in parts)
-
-    def kept_rows(self, weight: Tensor) -> Tensor | Int8Matrix:
-        """Return the rows of a projection that belong to the kept neurons, as they are held."""
-        kept = self.site.tensors["kept"].to(weight.device)
-        if is_quantized(weight):
-            return int8_of(weight, f"a weight of {self.site.name}").rows(kept)
-        return weight.index_select(0, kept)
-
-    def cast(self, name: str) -> Tensor:
-        """Return a stored tensor in the dtype and on the device of the model."""
-        return self.site.tensors[name].to(self.like.device, self.like.dtype)
-
-    @property
-    def dense(self) -> FFNWeights:
-        """The model's own weights.
-
-        Raises:
-            WeightsReleasedError: if they were released for another plan.
-        """
-        assert self.weights is not None
-        refuse_released(self.parameters, f"folding {self.site.name} by this plan")
-        return self.weights
-
-    @property
-    def kept(self) -> int:
-        """k, how many neurons stay dense."""
-        return int(self.site.details["kept"])
-
-
-def _keep_and_fold(emitter: Emitter, source: _Source, x: Node) -> Node:
+def _keep_and_fold(emitter: Emitter, source: FFNTensors, x: Node) -> Node:
     tensors = source.site.tensors
     folded = "weight" in tensors
     if source.kept == 0:
@@ -183,7 +106,7 @@ def _keep_and_fold(emitter: Emitter, source: _Source, x: Node) -> Node:
 
 
 def _kept_hidden(
-    emitter: Emitter, source: _Source, x: Node, *, folded: bool
+    emitter: Emitter, source: FFNTensors, x: Node, *, folded: bool
 ) -> tuple[Node, Node | None]:
     """Return the kept neurons' values [..., k], and M x + b if the map is stacked below them."""
     k, details = source.kept, source.site.details
@@ -203,13 +126,13 @@ def _kept_hidden(
     return hidden, part(first, None) if folded else None
 
 
-def _stacked(source: _Source, *, folded: bool) -> list[Tensor | Int8Matrix]:
+def _stacked(source: FFNTensors, *, folded: bool) -> list[Tensor | Int8Matrix]:
     """Return [W1_K | W_up_K | M] as rows [n, d], one part a list item."""
     parts = [source.kept_rows(weight) for weight, _ in _projections(source.dense)]
     return [*parts, source.site.tensors["weight"]] if folded else parts
 
 
-def _stacked_bias(source: _Source, *, folded: bool) -> Tensor:
+def _stacked_bias(source: FFNTensors, *, folded: bool) -> Tensor:
     """Return the biases [n] of these rows."""
     parts = []
     for weight, bias in _projections(source.dense):
@@ -225,10 +148,10 @@ def _projections(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None]]:
     return [first] if weights.w_up is None else [first, (weights.w_up, weights.b_up)]
 
 
-def _guarded(emitter: Emitter, source: _Source, x: Node) -> Node:
+def _guarded(emitter: Emitter, source: FFNTensors, x: Node) -> Node:
     """Add the guarded op, its counters, and the kept neurons."""
     like, site = source.like, source.site
-    if source.int8 or any(map(is_quantized, source.parameters)):
+    if source.int8 or source.quantized:
         raise UnsupportedDtypeError(
             f"{site.name} is folded with a guard, which reads rows of the model's own weights and "
             'cannot read quantized ones; calibrate with guard="off", or leave this FFN out of '
@@ -250,11 +173,11 @@ def _guarded(emitter: Emitter, source: _Source, x: Node) -> Node:
     return emitter.call(torch.add, emitter.call(F.linear, hidden, columns), output)
 
 
-def _kept_columns(source: _Source) -> Tensor:
+def _kept_columns(source: FFNTensors) -> Tensor:
     return source.dense.select(source.site.tensors["kept"]).w2.contiguous()
 
 
-def _argument(source: _Source, name: str, value: object) -> object:
+def _argument(source: FFNTensors, name: str, value: object) -> object:
     """Return an op's argument with tensors brought into the graph."""
     if isinstance(value, list):
         return [_argument(source, f"{name}_{i}", item) for i, item in enumerate(value)]

@@ -24,7 +24,7 @@ from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.lifting import lift
-from nbl_compiler.passes.matrices import holds_int8, lift_matrix
+from nbl_compiler.passes.matrices import holds_int8, lift_matrix, rounding_notes
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plans import Plan, Site
@@ -54,7 +54,8 @@ class LinearizeAttention:
             for match in done
         )
         store_linearized(graph_module, tuple(dropped))
-        return report
+        notes = rounding_notes(plan, done, "attention", self.quantize)
+        return replace(report, notes=notes)
 
 
 def rewrite(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.int8_weights import Int8Matrix, Quantize, is_quantized
+from nbl_compiler.int8_weights import Int8Matrix, Quantize, is_quantized, quantize_rows
 from nbl_compiler.lowering.int8_linear import int8_linear
 from nbl_compiler.passes.emit import Emitter
+from nbl_compiler.passes.ffn_sites import FFNMatch
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
+from nbl_compiler.passes.sites import AttentionMatch
+from nbl_compiler.plans import Kind, Plan, Site
+from nbl_compiler.value_states import joined_weight
 
 
 def holds_int8(weights: Sequence[Node], quantize: Quantize) -> bool:
@@ -45,7 +50,21 @@ def emit_linear(emitter: Emitter, x: Node, matrix: Sequence[Node], bias: Node | 
     return emitter.call(layer, x, *matrix, bias)
 
 
-def rounding_note(site: str, exact: Tensor, held: Int8Matrix) -> str:
-    """Say how far a plan's matrix is from what is held of it."""
-    error = (exact.float() - held.dequantized()).norm() / exact.float().norm()
-    return f"{site}: int8, {float(error):.2g} of its norm off"
+def rounding_notes(
+    plan: Plan, done: Sequence[AttentionMatch | FFNMatch], kind: Kind, quantize: Quantize
+) -> tuple[str, ...]:
+    """Say of each rewritten site that is held as int8 how far its matrices are from the plan's."""
+    sites = [plan.find(match.site, kind) for match in done if holds_int8(match.weights, quantize)]
+    return tuple(
+        f"{site.name}: int8, off by {rounding_error(site):.2g} of the norm"
+        for site in sites
+        if site is not None
+    )
+
+
+def rounding_error(site: Site) -> float:
+    """Return ‖W − Ŵ‖ / ‖W‖ (Frobenius) of the matrices that a site of a plan adds, as int8."""
+    exact = [joined_weight(site.tensors)] if "weight" in site.tensors else []
+    exact += [site.tensors["down"]] if "down" in site.tensors else []
+    error = sum(float((w - quantize_rows(w).dequantized()).square().sum()) for w in exact)
+    return sqrt(error / sum(float(w.square().sum()) for w in exact)) if exact else 0.0
