@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.ffn_surgery import LAYOUTS, fold_by_surgery
 from helpers.generating import CACHE_LENGTH, generate, logits_of, prompt
-from helpers.quantizing import Subject, held, quantized, subject
+from helpers.quantizing import Subject, held, oracle_of, quantized, subject
 from helpers.recording import rewritten_graphs
 from helpers.tiny import compiled, output, text, texts, tiny
 from torch import Tensor, nn
@@ -30,18 +30,16 @@ from nbl_compiler.cost import graph_cost
 from nbl_compiler.errors import ConfigError, NBLWarning, UnsupportedDtypeError
 from nbl_compiler.passes.lifting import lifted_tensors
 
-# Relative to the deviation of the logits: float32 in another order. Measured: at most 3e-6.
+# Relative to the deviation of the logits: float32 in another order. Measured: at most 5e-6.
 ROUNDING = 3e-5
-# bfloat16 keeps 8 bits (4e-3 a step), and the oracle also rounds its dequantized weights to it.
-BFLOAT16_ROUNDING = 6e-2
 # What the plan does to the logits, on the same scale: a mistake would show.
 MATTERS = 0.5
 FAMILIES = ("llama", "gemma3", "gpt_neox", "opt")
 
 
-def assert_same(result: Tensor, expected: Tensor, tolerance: float = ROUNDING) -> None:
+def assert_same(result: Tensor, expected: Tensor) -> None:
     scale = expected.double().std().item()
-    torch.testing.assert_close(result, expected, atol=tolerance * scale, rtol=0)
+    torch.testing.assert_close(result, expected, atol=ROUNDING * scale, rtol=0)
 
 
 def matrices(graph: GraphModule) -> list[torch.dtype]:
@@ -104,11 +102,14 @@ def test_no_matrix_is_dequantized_into_memory() -> None:
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_bfloat16(lowering: str) -> None:
+    """No further from the exact result than plain bfloat16 with dequantized weights is."""
     one = subject("llama", torch.bfloat16)
-    ids = text(batch=1, length=6)
+    ids = text(batch=1, length=8)
     result = output(compiled(one.quantized, plan=one.plan, lowering=lowering), ids)
     assert result.dtype == torch.bfloat16
-    assert_same(result, output(one.oracle, ids), BFLOAT16_ROUNDING)
+    exact = output(one.oracle, ids)
+    plain = output(oracle_of("llama", one.quantized, one.plan, torch.bfloat16), ids)
+    assert (result - exact).norm() < 1.2 * (plain - exact).norm()
 
 
 def test_value_states() -> None:

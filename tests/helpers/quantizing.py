@@ -30,14 +30,14 @@ def quantized(model: nn.Module, config: Any = CONFIG, which: Filter | None = Non
     return result
 
 
-def dequantized(model: nn.Module) -> nn.Module:
+def dequantized(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a copy of a quantized model with the plain weights that its own stand for."""
     result = copy.deepcopy(model)
     for module in result.modules():
         weight = getattr(module, "weight", None)
         if type(weight).__name__ == "Int8Tensor":
-            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-    return result
+            module.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+    return result.to(dtype)
 
 
 def held(plan: Plan) -> Plan:
@@ -60,7 +60,7 @@ def held(plan: Plan) -> Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """A tiny model, its plan, both quantized, and the oracle of that."""
+    """A tiny model, its plan, both quantized, and the oracle of that, in float32."""
 
     name: str
     model: nn.Module
@@ -80,5 +80,11 @@ def subject(name: str, dtype: torch.dtype = torch.float32, **attention: Any) -> 
     assert len(plan.rewritten) == 2
     nbl.attach(model, None)
     of_int8 = quantized(model)
-    oracle = fold_by_surgery(dequantized(of_int8), held(plan), LAYOUTS[name])
-    return Subject(name, model, of_int8, plan, oracle)
+    return Subject(name, model, of_int8, plan, oracle_of(name, of_int8, plan))
+
+
+def oracle_of(
+    name: str, model: nn.Module, plan: Plan, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Return what a quantized model computes with a plan, by weights that are not."""
+    return fold_by_surgery(dequantized(model, dtype), held(plan), LAYOUTS[name])
