@@ -105,6 +105,17 @@ def test_another_model_is_refused() -> None:
         nbl.attach(other, plan)
 
 
+@pytest.mark.filterwarnings("ignore:backend=:nbl_compiler.errors.NBLWarning")
+def test_two_quantized_models_do_not_share_compiled_code() -> None:
+    models = [quantized(tiny(seed=seed, layers=1)) for seed in (0, 1)]
+    plan = plan_for(tiny(layers=1))
+    expected = [output(compiled(models[0], plan=plan), text()), output(models[1], text())]
+    nbl.attach(models[0], plan)
+    fast = [compiled(model) for model in models]
+    for turn in (0, 1, 0, 1):
+        assert torch.equal(output(fast[turn], text()), expected[turn])
+
+
 def test_a_merged_adapter_is_refused() -> None:
     """Nothing but one quantized matrix of the site differs, by a thousandth."""
     model = tiny(layers=1)
