@@ -74,7 +74,7 @@ def rewrite(
     weights = ffn_weights(match, parameter_value)
     _check(site, match, like, target, weights)
     parameters = tuple(map(parameter_value, match.weights))
-    int8 = holds_int8(match.weights, quantize)
+    int8 = holds_int8(site, match.weights, quantize)
     source = FFNTensors(graph_module, site, plan, weights, parameters, like, int8)
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "fold_ffn"}}
     graph = graph_module.graph
@@ -151,7 +151,7 @@ def _projections(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None]]:
 def _guarded(emitter: Emitter, source: FFNTensors, x: Node) -> Node:
     """Add the guarded op, its counters, and the kept neurons."""
     like, site = source.like, source.site
-    if source.int8 or source.quantized:
+    if source.quantized:
         raise UnsupportedDtypeError(
             f"{site.name} is folded with a guard, which reads rows of the model's own weights and "
             'cannot read quantized ones; calibrate with guard="off", or leave this FFN out of '

@@ -73,7 +73,7 @@ def rewrite(
     check_dtype(site, like)
     states = states_of(site.details)
     _check_shapes(site, match, like.shape[-1], target.shape[-1])
-    int8 = holds_int8(match.weights, quantize)
+    int8 = holds_int8(site, match.weights, quantize)
     weight = plan.int8_weight(site, like) if int8 else plan.joined_weight(site, like)
     lifted = [
         *lift_matrix(graph_module, f"{site.name}_weight", weight),

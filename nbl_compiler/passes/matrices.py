@@ -20,13 +20,16 @@ from nbl_compiler.plans import Kind, Plan, Site
 from nbl_compiler.value_states import joined_weight
 
 
-def holds_int8(weights: Sequence[Node], quantize: Quantize) -> bool:
+def holds_int8(site: Site, weights: Sequence[Node], quantize: Quantize) -> bool:
     """Tell whether the matrices of a site are to be held as int8.
 
     Args:
+        site: The site. A guarded FFN never does: it gathers rows of the model's own weights.
         weights: The parameters that the site's region reads.
         quantize: ``"auto"``: if all matrices among them are quantized.
     """
+    if site.details.get("form") == "guarded":
+        return False
     if quantize != "auto":
         return quantize == "int8"
     values = [v for node in weights if isinstance(v := example_value(node), Tensor)]
@@ -54,11 +57,11 @@ def rounding_notes(
     plan: Plan, done: Sequence[AttentionMatch | FFNMatch], kind: Kind, quantize: Quantize
 ) -> tuple[str, ...]:
     """Say of each rewritten site that is held as int8 how far its matrices are from the plan's."""
-    sites = [plan.find(match.site, kind) for match in done if holds_int8(match.weights, quantize)]
+    sites = ((plan.find(match.site, kind), match.weights) for match in done)
     return tuple(
         f"{site.name}: int8, off by {rounding_error(site):.2g} of the norm"
-        for site in sites
-        if site is not None
+        for site, weights in sites
+        if site is not None and holds_int8(site, weights, quantize)
     )
 
 

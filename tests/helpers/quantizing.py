@@ -58,6 +58,13 @@ def held(plan: Plan) -> Plan:
     return replace(plan, sites=tuple(map(of, plan.sites)))
 
 
+def attention_held(plan: Plan) -> Plan:
+    """Return the plan with the maps of attention alone as they are after quantization."""
+    others = tuple(site for site in plan.sites if site.kind == "ffn")
+    attention = replace(plan, sites=tuple(s for s in plan.sites if s.kind == "attention"))
+    return replace(plan, sites=(*held(attention).sites, *others))
+
+
 @dataclass(frozen=True)
 class Subject:
     """A tiny model, its plan, both quantized, and the oracle of that, in float32."""
