@@ -7,10 +7,10 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-speed-ffn bench-ffn \
-	bench-ffn-quality bench-embedding bench-calibration bench-monitor clean
+	bench-ffn-quality bench-embedding bench-int8 bench-int8-quality bench-calibration bench-monitor clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Make the virtual environment and install the package with its extras
 
@@ -57,6 +57,12 @@ bench-ffn-quality: $(STAMP)  ## Folded FFNs of a decoder: error a layer, perplex
 
 bench-embedding: $(STAMP)  ## Embeddings of MiniLM-L6 with all FFNs folded: TEXT= EVAL=
 	$(BIN)/python benchmarks/embedding_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
+
+bench-int8: $(STAMP)  ## One linear layer of int8 weights: time
+	$(BIN)/python benchmarks/quantized_linear.py
+
+bench-int8-quality: $(STAMP)  ## Perplexity of int8 weights and of a plan held as int8 (Gemma-3-270M)
+	$(BIN)/python benchmarks/quantized_quality.py
 
 bench-calibration: $(STAMP)  ## Calibration throughput and memory
 	$(BIN)/python benchmarks/calibration_cost.py

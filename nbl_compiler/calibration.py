@@ -24,6 +24,7 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.int8_weights import is_quantized
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
 from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
@@ -309,13 +310,19 @@ def check_request(model: nn.Module) -> None:
 
     Raises:
         InferenceOnlyError: if the model is in training mode.
-        UnsupportedDtypeError: if a weight is stored in a dtype that has no linear maps here.
+        UnsupportedDtypeError: if a weight is quantized, or stored in a dtype that has no linear
+            maps here.
         WeightsReleasedError: if weights were released for a plan.
     """
     if any(module.training for module in (model, *_dropouts(model))):
         raise InferenceOnlyError("the model is in training mode; call model.eval() first")
     refuse_released(model.parameters(), "calibration")
     for name, weight in model.named_parameters():
+        if is_quantized(weight):
+            raise UnsupportedDtypeError(
+                f"{name} is quantized; calibrate the model as it was loaded, quantize it then: the "
+                "plan applies to the quantized model"
+            )
         computes = weight.is_floating_point() or weight.is_complex()
         if computes and weight.dtype not in SUPPORTED_DTYPES:
             raise UnsupportedDtypeError(

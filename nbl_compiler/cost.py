@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from nbl_compiler.int8_weights import held_tensors, int8_matrix, is_quantized
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
+from nbl_compiler.lowering.int8_linear import int8_linear, streamed_int8_linear
 from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.lowering.value_states import carried_states, value_states
 from nbl_compiler.passes.graph_tools import argument, example_value, is_call
@@ -120,9 +122,10 @@ def _work(node: Node) -> Work | None:
         left = example_value(left) if isinstance(left, Node) else None
         inner = _int(left.shape[-1]) if isinstance(left, Tensor) else 0
         return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
-    if is_call(node, {streamed_linear}):
+    if is_call(node, {streamed_linear, int8_linear, streamed_int8_linear}):
+        streamed = not is_call(node, {int8_linear})
         return Work(node.name, 2 * _int(out.numel()) * _int(operands[0].shape[-1]),
-                    _traffic(operands, out), streamed=True)  # fmt: skip
+                    _traffic(operands, out), streamed)  # fmt: skip
     if is_call(node, {F.embedding}):
         return Work(node.name, 0, 2 * _bytes(out))
     if is_call(node, (), _COPIES) and _copies(node, operands, out):
@@ -176,6 +179,9 @@ def _traffic(operands: list[Tensor], out: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes a tensor occupies; expanded dimensions (stride 0) occupy none."""
+    if is_quantized(tensor):
+        read = int8_matrix(tensor)
+        return sum(map(_bytes, held_tensors(tensor) if read is None else (read.codes, read.scale)))
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return prod(_int(n) for n, stride in pairs if _int(stride) != 0) * tensor.element_size()
 

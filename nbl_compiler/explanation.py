@@ -20,6 +20,7 @@ from nbl_compiler import registry
 from nbl_compiler.cost import Machine, graph_cost, measure_machine
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.html_report.page import save_page
+from nbl_compiler.int8_weights import Quantize
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy
@@ -137,6 +138,7 @@ def explain(
     plan: Plan | None = None,
     measure: bool = False,
     lowering: str = "inductor",
+    quantize: Quantize = "auto",
     **kwargs: Any,
 ) -> Report:
     """Trace a model on example inputs and say what the backend does to it.
@@ -149,6 +151,7 @@ def explain(
         plan: The plan to apply; without it, the attached one, or none.
         measure: Also cut every rewritten site out of the graph and time it, before against after.
         lowering: How sites that are measured are lowered.
+        quantize: As in the backend's options.
         **kwargs: Example inputs.
 
     Raises:
@@ -156,7 +159,7 @@ def explain(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of
     plan = plan or registry.find_plan(model.parameters()) or Plan()
-    tracer = _Tracer(plan, lowering if measure else None)
+    tracer = _Tracer(plan, lowering if measure else None, quantize)
     with torch.no_grad():
         torch.compile(model, backend=tracer.backend)(*args, **kwargs)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -168,8 +171,8 @@ def explain(
 class _Tracer:
     """A Dynamo backend that runs the passes on a copy and the graph itself as it is."""
 
-    def __init__(self, plan: Plan, lowering: str | None) -> None:
-        self._plan, self._lowering = plan, lowering
+    def __init__(self, plan: Plan, lowering: str | None, quantize: Quantize) -> None:
+        self._plan, self._lowering, self._quantize = plan, lowering, quantize
         self.graphs: list[GraphReport] = []
         self.rows: list[SiteRow] = []
         self.calls = 0
@@ -180,7 +183,7 @@ class _Tracer:
         self.calls += sum(node.op.startswith("call") for node in copy.graph.nodes)
         before = graph_cost(copy)
         snapshots = Snapshots(copy)
-        runs = run_pipeline(build_pipeline(self._plan), copy, snapshots)
+        runs = run_pipeline(build_pipeline(self._plan, quantize=self._quantize), copy, snapshots)
         number = len(self.graphs)
         self.graphs.append(GraphReport(tuple(runs), before, graph_cost(copy)))
         rows = site_rows(number, snapshots, runs, copy, self._plan)

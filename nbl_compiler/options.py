@@ -11,6 +11,7 @@ from typing import Any, Literal
 from nbl_compiler.dumps.inputs import DUMP_INPUTS
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.graph_report import GraphReport
+from nbl_compiler.int8_weights import QUANTIZE, Quantize
 from nbl_compiler.lowering.lower import LOWERINGS, mode_options
 from nbl_compiler.passes.base import Pass
 from nbl_compiler.passes.extension import check_passes
@@ -34,6 +35,8 @@ class Options:
         dump_inputs: ``"real"`` keeps the weights in the dump (once for all graphs), so that its
             files compute what the model computes; ``"random"`` keeps their shape, mean and
             standard deviation. Without it, ``NBL_DUMP_INPUTS``.
+        quantize: How a plan's matrices are held: ``"auto"`` (as int8 in place of weights that
+            torchao quantized, else in the model's dtype), ``"int8"`` or ``"off"``.
         passes: Passes of your own (``docs/own-pass.md`` says how to write one); they run with or
             without a plan.
     """
@@ -46,6 +49,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[GraphReport], None] | None = None
     dump_inputs: Literal["real", "random"] = "real"
+    quantize: Quantize = "auto"
     passes: Sequence[Pass] = ()
 
     @classmethod
@@ -74,6 +78,8 @@ class Options:
         if parsed.dump_inputs not in DUMP_INPUTS:
             known_inputs = ", ".join(DUMP_INPUTS)
             raise ConfigError(f"dump_inputs={parsed.dump_inputs!r} must be one of {known_inputs}")
+        if parsed.quantize not in QUANTIZE:
+            raise ConfigError(f"quantize={parsed.quantize!r} must be one of {', '.join(QUANTIZE)}")
         if parsed.lowering not in LOWERINGS:
             raise ConfigError(f"lowering={parsed.lowering!r} must be one of {', '.join(LOWERINGS)}")
         return parsed

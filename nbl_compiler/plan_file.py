@@ -19,9 +19,9 @@ from nbl_compiler.fingerprint import Sketch
 from nbl_compiler.plans import INPUT_STATISTICS, Plan, Site, from_json, to_json
 from nbl_compiler.value_states import states_of
 
-VERSION = 2
-# What older releases wrote. They know no value states, and refuse plans that have some.
-_WITHOUT_STATES = 1
+VERSION = 3
+# What older releases wrote, and read: neither knows sketches of peaks, the first no value states.
+_WITHOUT_PEAKS, _WITHOUT_STATES = 2, 1
 _KEY = "nbl_plan"
 # What reading a header that somebody edited may raise, whatever they wrote into it.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -34,12 +34,18 @@ def save_plan(plan: Plan, path: str | PathLike[str]) -> None:
 
 def to_bytes(plan: Plan) -> bytes:
     """Return the content of the plan's file."""
-    needs_states = any(states_of(site.details) for site in plan.rewritten)
-    version = VERSION if needs_states else _WITHOUT_STATES
-    header = {"version": version, "digest": plan.digest, **plan.header()}
+    header = {"version": _version(plan), "digest": plan.digest, **plan.header()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in plan.tensors().items()}
     metadata = {_KEY: json.dumps(to_json(header), allow_nan=False)}
     return safetensors.torch.save(tensors, metadata=metadata)
+
+
+def _version(plan: Plan) -> int:
+    """Return the least version that holds all of the plan."""
+    if any(sketch.peaks is not None for sketch in plan.fingerprint):
+        return VERSION
+    states = any(states_of(site.details) for site in plan.rewritten)
+    return _WITHOUT_PEAKS if states else _WITHOUT_STATES
 
 
 def write_atomically(path: str | PathLike[str], data: bytes) -> None:
@@ -106,7 +112,7 @@ def _checked(text: str, tensors: dict[str, Tensor], path: str) -> Plan:
         version = header["version"]
     except _DAMAGED as error:
         raise PlanFormatError(f"the header of {path} is damaged; calibrate again") from error
-    if version not in (_WITHOUT_STATES, VERSION):
+    if version not in (_WITHOUT_STATES, _WITHOUT_PEAKS, VERSION):
         raise PlanFormatError(
             f"{path} is a plan of version {version}; this release reads versions up to {VERSION}: "
             "calibrate again, or use the release that wrote it"
@@ -133,10 +139,7 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         Site(**item, tensors=own.get(item["name"], {}), inputs=inputs.get(item["name"], {}))
         for item in header["sites"]
     )
-    fingerprint = tuple(
-        Sketch(tuple(shape), dtype, norm, value)
-        for shape, dtype, norm, value in header["fingerprint"]
-    )
+    fingerprint = tuple(map(Sketch.of_header, header["fingerprint"]))
     return Plan(sites, fingerprint, header["model"], header["config"])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.fingerprint import Sketch
 from nbl_compiler.guard_counters import new_counters
+from nbl_compiler.int8_weights import Int8Matrix, quantize_rows
 from nbl_compiler.value_states import joined_weight, states_of
 
 Made = TypeVar("Made")
@@ -125,7 +126,7 @@ class Plan:
         return {
             "model": self.model,
             "config": dict(self.config),
-            "fingerprint": [[list(s.shape), s.dtype, s.norm, s.value] for s in self.fingerprint],
+            "fingerprint": [s.header() for s in self.fingerprint],
             "sites": [site.header() for site in self.sites],
         }
 
@@ -185,6 +186,16 @@ class Plan:
             (site.name, "joined_weight", like.dtype, like.device),
             lambda: joined_weight(site.tensors).to(like.device, like.dtype),
         )
+
+    def int8_weight(self, site: Site, like: Tensor) -> Int8Matrix:
+        """Return ``joined_weight`` as int8, one scale a row, on the device of ``like``."""
+
+        def make() -> Int8Matrix:
+            tensors = site.tensors
+            exact = joined_weight(tensors) if states_of(site.details) else tensors["weight"]
+            return quantize_rows(exact.to(like.device))
+
+        return self.remember((site.name, "int8_weight", like.device), make)
 
     def remember(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """Return what ``make`` returned for this key when it was first asked for.

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nbl_compiler.errors import PlanMismatchError
 from nbl_compiler.fingerprint import Sketch, find_stranger
+from nbl_compiler.int8_weights import int8_of, is_quantized
 from nbl_compiler.plans import Plan
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → plan
@@ -97,14 +98,26 @@ def check_weights(
         known: The sketches to compare with, if not all of the plan's.
 
     Raises:
-        PlanMismatchError: naming the first weight that the plan does not know.
+        PlanMismatchError: naming the first weight that the plan does not know; also if weights are
+            quantized and the plan is of a release that could not recognise such.
+        UnsupportedDtypeError: if a weight is quantized by a scheme that is not known here.
     """
     floating = {
         name: weight
         for name, weight in weights.items()
         if weight.is_floating_point() and weight.device != torch.device("meta")
     }
-    stranger = find_stranger(floating, plan.fingerprint if known is None else known)
+    known = tuple(plan.fingerprint if known is None else known)
+    quantized = [name for name, weight in floating.items() if is_quantized(weight)]
+    for name in quantized:
+        int8_of(floating[name], f"{name} of {what}")
+    if quantized and all(item.peaks is None for item in known):
+        raise PlanMismatchError(
+            f"{quantized[0]} of {what} is quantized, and this plan is of an older release, which "
+            "kept too little of the weights to recognise them so; calibrate the model anew before "
+            "it is quantized"
+        )
+    stranger = find_stranger(floating, known)
     if stranger is not None:
         raise PlanMismatchError(
             f"the plan for {plan.model or 'another model'} does not fit {what}: its weight "

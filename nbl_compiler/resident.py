@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from nbl_compiler import registry
 from nbl_compiler.errors import ConfigError, WeightsReleasedError
 from nbl_compiler.fingerprint import remember_sketch, sketch
+from nbl_compiler.int8_weights import held_parts, held_tensors, is_quantized
 from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
@@ -79,7 +80,7 @@ def release(model: nn.Module, plan: Plan | None = None, *args: Any, **kwargs: An
         if is_released(parameter):
             earlier.append(name)
         elif parameter in unread:
-            freed += parameter.untyped_storage().nbytes()
+            freed += storage_bytes([parameter])
             names.append(name)
             _let_go(parameter)
     for module in model.modules():
@@ -99,8 +100,8 @@ def resident_bytes(model: nn.Module, plan: Plan | None = None) -> int:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors' storages, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    held = [part.untyped_storage() for tensor in tensors for part in held_tensors(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def _example_inputs(model: nn.Module) -> dict[str, Any]:
@@ -136,11 +137,23 @@ def _unread(
 
 def _let_go(parameter: nn.Parameter) -> None:
     known = sketch(parameter)
-    # Not-a-number, so that whoever reads it all the same does not get a plausible result.
-    stand_in = torch.full((1,), torch.nan, dtype=parameter.dtype, device=parameter.device)
-    parameter.data = stand_in.expand(parameter.shape)
+    if is_quantized(parameter):
+        for name, part in held_parts(parameter).items():
+            setattr(parameter, name, _stand_in(part))
+    else:
+        parameter.data = _stand_in(parameter)
     mark_released(parameter)
     remember_sketch(parameter, known)
+
+
+def _stand_in(like: Tensor) -> Tensor:
+    """Return a tensor of the same shape that holds one element.
+
+    Not-a-number (int8 codes: by their scale), so that whoever reads it all the same does not get a
+    plausible result.
+    """
+    value = torch.nan if like.is_floating_point() else 0
+    return torch.full((1,), value, dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 _GUARDED = "_nbl_weights_released"

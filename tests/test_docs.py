@@ -75,6 +75,17 @@ def test_value_states_planning_and_refit() -> None:
     assert [s.name for s in ran["better"].rewritten] == [s.name for s in plan.rewritten]
 
 
+def test_a_quantized_model() -> None:
+    model, ids = tiny(layers=2), text(batch=1, length=8)
+    code = blocks("docs/quantization.md").replace('backend="nbl")', 'backend="nbl", options=eager)')
+    eager = {"lowering": "eager"}
+    names = {"nbl": nbl, "torch": torch, "model": model, "batches": texts(), "ids": ids}
+    ran = execute(code, **names, eager=eager)
+    assert len(ran["plan"].rewritten) == 2
+    assert type(model.lm_head.weight).__name__ == "Int8Tensor"
+    assert ran["logits"].isfinite().all()
+
+
 def test_the_readme_s_ten_lines(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,7 +55,8 @@ def plans(draw: st.DrawFn) -> nbl.Plan:
         )
         for name in names
     )  # fmt: skip
-    sketch = Sketch((2, 3), "float32", draw(floats), draw(floats))
+    peaks = draw(st.none() | st.tuples(floats, floats))
+    sketch = Sketch((2, 3), "float32", draw(floats), draw(floats), peaks)
     return nbl.Plan(sites, (sketch,), draw(st.text(max_size=5)), {"seed": 0, "layers": [1, "a"]})
 
 
@@ -93,7 +94,7 @@ def test_the_header_is_strict_json(plan: nbl.Plan) -> None:
     size = int.from_bytes(data[:8], "little")
     outer = strict_json(data[8 : 8 + size].decode())
     header = strict_json(outer["__metadata__"]["nbl_plan"])
-    assert header["version"] == 1  # this plan has no value states
+    assert header["version"] == (1 if plan.fingerprint[0].peaks is None else 3)
     assert len(header["digest"]) == 64
     assert [site["name"] for site in header["sites"]] == [site.name for site in plan.sites]
 
@@ -182,7 +183,7 @@ def rewritten_header(content: bytes, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "is a plan of version 3; this release reads versions up to 2: calibrate"),
+        ({"version": 4}, "is a plan of version 4; this release reads versions up to 3: calibrate"),
         ({"version": "1"}, "is a plan of version 1; this release"),
         ({"version": None}, "header of .* is damaged"),
         ({"sites": None}, "header of .* is damaged"),

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.fx import Node
 
+from nbl_compiler.int8_weights import is_quantized
 from nbl_compiler.passes.ffn_sites import FFNMatch, Projection
 from nbl_compiler.solvers.folding import FFNWeights
 
 
 def ffn_weights(match: FFNMatch, value_of: Callable[[Node], Tensor | None]) -> FFNWeights | None:
     """Return views of a site's weights, or None if one of their values is not known.
+
+    Weights that torchao quantized stay as they are: to be read by ``int8_weights``, row by row.
 
     Args:
         match: The site.
@@ -33,6 +36,8 @@ def _read(
     weight = value_of(projection.weight)
     bias = None if projection.bias is None else value_of(projection.bias)
     if weight is None or (projection.bias is not None and bias is None):
+        return None, None
+    if is_quantized(weight) and projection.transposed:  # torchao quantizes nn.Linear only
         return None, None
     weight = weight.detach()
     if projection.transposed:

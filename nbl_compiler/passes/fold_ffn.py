@@ -6,32 +6,35 @@
 
 x [..., d], W1 [f, d], W2 [o, f], K the k kept neurons, M [o, d], V_K [o, k], y [..., o]. The kept
 rows and the map are stacked into one matrix, so that x is multiplied once. They are copies: the
-model's own weights are no longer read (``nbl_compiler.release`` lets go of them).
+model's own weights are no longer read (``nbl_compiler.release`` lets go of them). Where these are
+held as int8, so are the copies (``matrices.py``), the kept rows bit for bit.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from nbl_compiler.errors import PlanMismatchError
+from nbl_compiler.errors import PlanMismatchError, UnsupportedDtypeError
 from nbl_compiler.ffn.guarded import restore
 from nbl_compiler.guard_counters import accumulate
+from nbl_compiler.int8_weights import Int8Matrix, Quantize
 from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, store_folded
+from nbl_compiler.passes.ffn_tensors import FFNTensors
 from nbl_compiler.passes.ffn_weights import ffn_weights, parameter_value
 from nbl_compiler.passes.graph_tools import example_value
 from nbl_compiler.passes.lifting import lift
+from nbl_compiler.passes.matrices import emit_linear, holds_int8, rounding_notes
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.solvers.folding import FFNWeights
 
 
@@ -41,29 +44,38 @@ class FoldFFN:
 
     Raises (when called):
         PlanMismatchError: if a site's tensors do not have the shape of the site.
-        UnsupportedDtypeError: if the model computes in a dtype without a floating matmul here.
+        UnsupportedDtypeError: if the model computes in a dtype without a floating matmul here, or
+            a guarded site's weights are quantized.
     """
 
     plan: Plan
     name: str = "fold_ffn"
+    quantize: Quantize = "auto"
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
         found = load_ffn_matches(graph_module).found
-        done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewrite)
+        rewriting = partial(rewrite, quantize=self.quantize)
+        done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewriting)
         store_folded(graph_module, done)
-        return report
+        return replace(report, notes=rounding_notes(self.plan, done, "ffn", self.quantize))
 
 
-def rewrite(graph_module: GraphModule, match: FFNMatch, site: Site, plan: Plan) -> Node:
+def rewrite(
+    graph_module: GraphModule,
+    match: FFNMatch,
+    site: Site,
+    plan: Plan,
+    quantize: Quantize = "auto",
+) -> Node:
     """Replace one site's output by the folded FFN and return the new node."""
     like, target = example_value(match.hidden), example_value(match.output)
     assert isinstance(like, Tensor)
     assert isinstance(target, Tensor)
     weights = ffn_weights(match, parameter_value)
     _check(site, match, like, target, weights)
-    source = _Source(
-        graph_module, site, plan, weights, tuple(map(parameter_value, match.weights)), like
-    )
+    parameters = tuple(map(parameter_value, match.weights))
+    int8 = holds_int8(site, match.weights, quantize)
+    source = FFNTensors(graph_module, site, plan, weights, parameters, like, int8)
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "fold_ffn"}}
     graph = graph_module.graph
     with graph.inserting_before(match.output.next):
@@ -78,68 +90,30 @@ def rewrite(graph_module: GraphModule, match: FFNMatch, site: Site, plan: Plan) 
     return output
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where one site's tensors come from: the plan, and the model's weights."""
-
-    graph_module: GraphModule
-    site: Site
-    plan: Plan
-    weights: FFNWeights | None
-    parameters: tuple[nn.Parameter | None, ...]
-    like: Tensor
-
-    def lift(self, name: str, make: Callable[[], Tensor]) -> Node:
-        """Bring a tensor into the graph; it is made once for all graphs of the plan."""
-        key = (self.site.name, name, self.like.dtype, self.like.device)
-        tensor = self.plan.remember(key, make)
-        return lift(self.graph_module, f"{self.site.name}_{name}", tensor)
-
-    def cast(self, name: str) -> Tensor:
-        """Return a stored tensor in the dtype and on the device of the model."""
-        return self.site.tensors[name].to(self.like.device, self.like.dtype)
-
-    @property
-    def dense(self) -> FFNWeights:
-        """The model's own weights.
-
-        Raises:
-            WeightsReleasedError: if they were released for another plan.
-        """
-        assert self.weights is not None
-        refuse_released(self.parameters, f"folding {self.site.name} by this plan")
-        return self.weights
-
-    @property
-    def kept(self) -> int:
-        """k, how many neurons stay dense."""
-        return int(self.site.details["kept"])
-
-
-def _keep_and_fold(emitter: Emitter, source: _Source, x: Node) -> Node:
+def _keep_and_fold(emitter: Emitter, source: FFNTensors, x: Node) -> Node:
     tensors = source.site.tensors
     folded = "weight" in tensors
     if source.kept == 0:
-        weight = source.lift("weight", lambda: source.cast("weight"))
+        weight = source.matrix("weight", lambda: [tensors["weight"]])
         bias = source.lift("bias", lambda: source.cast("bias"))
-        return emitter.call(F.linear, x, weight, bias)
+        return emit_linear(emitter, x, weight, bias)
     hidden, rest = _kept_hidden(emitter, source, x, folded=folded)
-    down = source.lift("down", lambda: source.cast("down"))
+    down = source.matrix("down", lambda: [tensors["down"]])
     if rest is not None:
-        return emitter.call(torch.add, emitter.call(F.linear, hidden, down), rest)
+        return emitter.call(torch.add, emit_linear(emitter, hidden, down, None), rest)
     bias = source.lift("bias", lambda: source.cast("bias"))
-    return emitter.call(F.linear, hidden, down, bias)
+    return emit_linear(emitter, hidden, down, bias)
 
 
 def _kept_hidden(
-    emitter: Emitter, source: _Source, x: Node, *, folded: bool
+    emitter: Emitter, source: FFNTensors, x: Node, *, folded: bool
 ) -> tuple[Node, Node | None]:
     """Return the kept neurons' values [..., k], and M x + b if the map is stacked below them."""
     k, details = source.kept, source.site.details
     name = "rows" if folded else "kept_rows"
-    rows = source.lift(name, lambda: _stacked(source, folded=folded)[0])
-    bias = source.lift(f"{name}_bias", lambda: _stacked(source, folded=folded)[1])
-    made = emitter.call(F.linear, x, rows, bias)
+    rows = source.matrix(name, lambda: _stacked(source, folded=folded))
+    bias = source.lift(f"{name}_bias", lambda: _stacked_bias(source, folded=folded))
+    made = emit_linear(emitter, x, rows, bias)
 
     def part(start: int, stop: int | None) -> Node:
         return emitter.call(operator.getitem, made, (Ellipsis, slice(start, stop)))
@@ -152,21 +126,37 @@ def _kept_hidden(
     return hidden, part(first, None) if folded else None
 
 
-def _stacked(source: _Source, *, folded: bool) -> tuple[Tensor, Tensor]:
-    """Return [W1_K | W_up_K | M] as rows [n, d], and their biases [n]."""
-    compact = source.dense.select(source.site.tensors["kept"])
-    parts = [(compact.w1, compact.b1)]
-    if compact.w_up is not None:
-        parts.append((compact.w_up, compact.b_up))
-    if folded:
-        parts.append((source.cast("weight"), source.cast("bias")))
-    biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in parts]
-    return torch.cat([w for w, _ in parts]).contiguous(), torch.cat(biases)
+def _stacked(source: FFNTensors, *, folded: bool) -> list[Tensor | Int8Matrix]:
+    """Return [W1_K | W_up_K | M] as rows [n, d], one part a list item."""
+    parts = [source.kept_rows(weight) for weight, _ in _projections(source.dense)]
+    return [*parts, source.site.tensors["weight"]] if folded else parts
 
 
-def _guarded(emitter: Emitter, source: _Source, x: Node) -> Node:
+def _stacked_bias(source: FFNTensors, *, folded: bool) -> Tensor:
+    """Return the biases [n] of these rows."""
+    parts = []
+    for weight, bias in _projections(source.dense):
+        kept = source.site.tensors["kept"].to(weight.device)
+        zeros = torch.zeros(len(kept), dtype=source.like.dtype, device=source.like.device)
+        parts.append(zeros if bias is None else bias.index_select(0, kept))
+    return torch.cat([*parts, source.cast("bias")] if folded else parts)
+
+
+def _projections(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None]]:
+    """Return weight and bias of each projection that the neurons read x by."""
+    first = (weights.w1, weights.b1)
+    return [first] if weights.w_up is None else [first, (weights.w_up, weights.b_up)]
+
+
+def _guarded(emitter: Emitter, source: FFNTensors, x: Node) -> Node:
     """Add the guarded op, its counters, and the kept neurons."""
     like, site = source.like, source.site
+    if source.quantized:
+        raise UnsupportedDtypeError(
+            f"{site.name} is folded with a guard, which reads rows of the model's own weights and "
+            'cannot read quantized ones; calibrate with guard="off", or leave this FFN out of '
+            "quantize_ by its filter_fn"
+        )
     key = (site.name, "guarded", like.dtype, like.device)
     guarded = source.plan.remember(key, lambda: restore(source.dense, site.tensors, site.details))
     arguments = [_argument(source, f.name, getattr(guarded, f.name)) for f in fields(guarded)]
@@ -183,11 +173,11 @@ def _guarded(emitter: Emitter, source: _Source, x: Node) -> Node:
     return emitter.call(torch.add, emitter.call(F.linear, hidden, columns), output)
 
 
-def _kept_columns(source: _Source) -> Tensor:
+def _kept_columns(source: FFNTensors) -> Tensor:
     return source.dense.select(source.site.tensors["kept"]).w2.contiguous()
 
 
-def _argument(source: _Source, name: str, value: object) -> object:
+def _argument(source: FFNTensors, name: str, value: object) -> object:
     """Return an op's argument with tensors brought into the graph."""
     if isinstance(value, list):
         return [_argument(source, f"{name}_{i}", item) for i, item in enumerate(value)]

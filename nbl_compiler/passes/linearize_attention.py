@@ -3,6 +3,7 @@
     before   q, k, v = x Wqᵀ, x Wkᵀ, x Wvᵀ;  rotary;  cache;  y = attention(q, k, v) Woᵀ
     after    y = x Wᵀ + b        x [..., T, d], W [d_out, d], b [d_out], y [..., T, d_out]
              y = [x, s] Wᵀ + b   where the plan has value states s (``emit_states.py``)
+             y = scale ⊙ (x codesᵀ) + b   where the weights are int8 (``matrices.py``)
 
 x is the hidden state that the projections read (``input="normed"``), or the residual stream in
 front of its norm (``input="residual"``); the plan says which it was calibrated for.
@@ -11,15 +12,19 @@ front of its norm (``input="residual"``); the plan says which it was calibrated 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+from nbl_compiler.int8_weights import Quantize
+from nbl_compiler.lowering.int8_linear import int8_linear
 from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.lifting import lift
+from nbl_compiler.passes.matrices import holds_int8, lift_matrix, rounding_notes
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plans import Plan, Site
@@ -37,20 +42,29 @@ class LinearizeAttention:
 
     plan: Plan
     name: str = "linearize_attention"
+    quantize: Quantize = "auto"
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
         found = load_matches(graph_module).found
         plan = self.plan
-        done, report = rewrite_sites(graph_module, plan, "attention", found, rewrite)
+        rewriting = partial(rewrite, quantize=self.quantize)
+        done, report = rewrite_sites(graph_module, plan, "attention", found, rewriting)
         dropped = (
             _cache_to_drop(graph_module, match, states_of(plan.site(match.site).details))
             for match in done
         )
         store_linearized(graph_module, tuple(dropped))
-        return report
+        notes = rounding_notes(plan, done, "attention", self.quantize)
+        return replace(report, notes=notes)
 
 
-def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: Plan) -> None:
+def rewrite(
+    graph_module: GraphModule,
+    match: AttentionMatch,
+    site: Site,
+    plan: Plan,
+    quantize: Quantize = "auto",
+) -> None:
     """Replace one site's output by the plan's map."""
     source = match.residual if site.details.get("input") == "residual" else match.hidden
     like, target = example_value(source), example_value(match.output)
@@ -59,16 +73,17 @@ def rewrite(graph_module: GraphModule, match: AttentionMatch, site: Site, plan: 
     check_dtype(site, like)
     states = states_of(site.details)
     _check_shapes(site, match, like.shape[-1], target.shape[-1])
-    weight = plan.joined_weight(site, like)
+    int8 = holds_int8(site, match.weights, quantize)
+    weight = plan.int8_weight(site, like) if int8 else plan.joined_weight(site, like)
     lifted = [
-        lift(graph_module, f"{site.name}_weight", weight),
+        *lift_matrix(graph_module, f"{site.name}_weight", weight),
         lift(graph_module, f"{site.name}_bias", plan.tensor(site, "bias", like)),
     ]
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "linearize_attention"}}
     read = emit_input(graph_module, match, source, states, meta)
     graph = graph_module.graph
     with graph.inserting_after(match.output):
-        new = graph.call_function(F.linear, (read, *lifted))
+        new = graph.call_function(int8_linear if int8 else F.linear, (read, *lifted))
     new.meta.update(meta)
     if target.dtype != like.dtype:
         with graph.inserting_after(new):

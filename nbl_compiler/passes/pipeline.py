@@ -10,6 +10,7 @@ from typing import Protocol
 from torch.fx import GraphModule
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.int8_weights import Quantize
 from nbl_compiler.monitoring.watch import GraphWatch
 from nbl_compiler.passes.base import Pass, PassReport
 from nbl_compiler.passes.canonicalize import Canonicalize
@@ -31,6 +32,7 @@ def build_pipeline(
     lowering: str = "eager",
     extra: Sequence[Pass] = (),
     watch: GraphWatch | None = None,
+    quantize: Quantize = "auto",
 ) -> tuple[Pass, ...]:
     """Return the passes in their order for one plan and one way of lowering.
 
@@ -39,15 +41,16 @@ def build_pipeline(
         lowering: As in ``Options``.
         extra: The user's own passes (see ``nbl_compiler.passes.extension``).
         watch: Of the graph, in case it is monitored.
+        quantize: As in ``Options``.
     """
     watching = (WatchInputs(watch),) if watch is not None and watch.wanted else ()
     passes: tuple[Pass, ...] = (
         Canonicalize(),
         MatchAttention(),
-        LinearizeAttention(plan),
+        LinearizeAttention(plan, quantize=quantize),
         DropCacheUpdates(),
         MatchFFN(),
-        FoldFFN(plan),
+        FoldFFN(plan, quantize=quantize),
         *watching,
         CleanUp(),
     )
