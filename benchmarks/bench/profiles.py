@@ -1,0 +1,141 @@
+"""What a short run and a long run measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from bench.growth import Calibration
+from bench.speed_points import DENSE, Point
+
+ATTENTION = ("attention dropped", "NBL, published", "NBL", "value taps")
+PRUNING = ("magnitude", "FLAP", "Wanda", "RIA", "TEAL", "CATS")
+FOLDED = ("keep+fold", "guarded", "guarded, predicted values")
+TIMED = (
+    "dense eager", DENSE, "attention dropped", "NBL", "value taps", "magnitude", "keep+fold",
+    "guarded", "int8", "int8 + plan",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One length of the benchmark.
+
+    Args:
+        quality: Model → (contenders, fractions), in turn.
+        embeddings: (contenders, fractions) for MiniLM's sentence embeddings.
+        speed: Model → points.
+        timed: Who takes part in them.
+        calibration: Points of calibration's cost.
+        layers: Numbers of layers to compile.
+        tokens: To calibrate on.
+        eval_tokens: To judge by.
+    """
+
+    quality: Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]
+    embeddings: Sequence[tuple[Sequence[str], Sequence[float]]]
+    speed: Mapping[str, Sequence[Point]]
+    timed: Sequence[str] = TIMED
+    calibration: Sequence[Calibration] = ()
+    layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tokens: int = 8_192
+    eval_tokens: int = 2_048
+
+
+_GEMMA, _QWEN, _LLAMA = "gemma-3-270m", "qwen2.5-0.5b-shape", "llama-3.2-1b-shape"
+
+SHORT = Profile(
+    quality={
+        _GEMMA: [
+            (("attention dropped", "NBL, published", "NBL"), (0.25,)),
+            (("Wanda", "FLAP", "TEAL", "keep+fold"), (0.5,)),
+        ]
+    },
+    embeddings=[(("keep+fold", "TARDIS, published"), (0.8,))],
+    speed={
+        _QWEN: [Point("decode", 2048, repeats=5), Point("prefill", 512, repeats=3)],
+    },
+    timed=(DENSE, "attention dropped", "NBL", "magnitude", "keep+fold"),
+    calibration=[Calibration(640, 12_288, rounds=2)],
+)
+
+
+def _sweep(dtype: str, contexts: Sequence[int], batches: Sequence[int]) -> list[Point]:
+    """Return decode over contexts, over batches and over fractions, and prefill over contexts."""
+    decode = [Point("decode", context, dtype=dtype) for context in contexts]
+    decode += [Point("decode", 2048, batch, dtype=dtype) for batch in batches]
+    decode += [Point("decode", 2048, fraction=f, dtype=dtype) for f in (0.25, 0.75)]
+    lengths = [context for context in contexts if context <= 2048]
+    prefill = [Point("prefill", length, dtype=dtype, repeats=3) for length in lengths]
+    prefill += [Point("prefill", contexts[-1], dtype=dtype, repeats=1)]
+    prefill += [Point("prefill", 128, batches[-1], dtype=dtype, repeats=3)]
+    return decode + prefill
+
+
+_CONTEXTS, _BATCHES = (128, 512, 2048, 8192), (4, 16)
+
+LONG = Profile(
+    quality={
+        _GEMMA: [
+            (ATTENTION, (0.125, 0.25, 0.5)),
+            ((*PRUNING, *FOLDED), (0.5, 0.8)),
+            (("TARDIS, published",), (0.9,)),
+            (("int8",), (0.0,)),
+            (("int8 + plan",), (0.25,)),
+        ]
+    },
+    embeddings=[
+        ((*PRUNING, *FOLDED), (0.5, 0.8)),
+        (("TARDIS, published",), (0.65, 0.8, 0.9)),
+        (("int8",), (0.0,)),
+    ],
+    speed={
+        _QWEN: [
+            *_sweep("float32", _CONTEXTS, _BATCHES),
+            *(Point(p, 2048, dtype="bfloat16", repeats=3) for p in ("decode", "prefill")),
+        ],
+        _LLAMA: [
+            *_sweep("float32", _CONTEXTS, _BATCHES),
+            *(Point(p, 2048, dtype="bfloat16", repeats=3) for p in ("decode", "prefill")),
+        ],
+        _GEMMA: [
+            Point(p, c, fraction=f) for p, c, f in product(("decode",), (512, 4096), (0.25, 0.5))
+        ],
+    },
+    calibration=[
+        *(Calibration(640, tokens) for tokens in (6_144, 24_576, 49_152)),
+        *(Calibration(width, 24_576) for width in (256, 1024, 1536)),
+    ],
+    layers={_QWEN: (3, 6, 12, 24)},
+    tokens=32_768,
+    eval_tokens=8_192,
+)
+
+TINY = Profile(
+    quality={
+        "tiny": [
+            (("attention dropped", "NBL, published", "NBL", "value taps"), (0.25, 0.5)),
+            (("magnitude", "FLAP", "Wanda", "RIA", "TEAL", "CATS"), (0.5,)),
+            (("TARDIS, published",), (0.9,)),
+            (("keep+fold", "guarded"), (0.5,)),
+            (("int8",), (0.0,)),
+        ]
+    },
+    embeddings=[],
+    speed={
+        "tiny-shape": [
+            Point("decode", 128, repeats=3),
+            Point("prefill", 128, batch=2, repeats=3),
+        ],
+        "tiny": [Point("decode", 64, batch=2, repeats=3, fraction=0.25)],
+    },
+    timed=("dense eager", DENSE, "attention dropped", "NBL", "keep+fold"),
+    calibration=[Calibration(128, 2_048, rounds=2)],
+    layers={"tiny-shape": (2, 4)},
+    tokens=2_048,
+    eval_tokens=512,
+)
+"""Runs in minutes, says nothing: to see that everything works."""
+
+PROFILES = {"short": SHORT, "long": LONG, "tiny": TINY}
