@@ -143,7 +143,7 @@ def _speed(
         return loaded[dtype]
 
     who = [CONTENDERS[name] for name in timed]
-    for point in points:
+    for number, point in enumerate(points):
         names = [point.name(model, contender.name) for contender in who]
 
         def make(point: speed_points.Point = point) -> dict[str, Row]:
@@ -157,6 +157,11 @@ def _speed(
         if new:
             for row in rows.values():
                 _log(row)
+        after = points[number + 1 : number + 2]
+        if not after or after[0].fraction != point.fraction:  # what is made takes gigabytes
+            for subject, _ in loaded.values():
+                for contender in who:
+                    contender.forget(subject, point.fraction)
 
 
 def _growth(results: Results, profile: Profile) -> None:
@@ -187,8 +192,8 @@ def _log(row: Row) -> None:
     """Say what came out."""
     about = " ".join(
         str(row[key])
-        for key in ("model", "phase", "context", "batch", "contender", "fraction", "what", "width",
-                    "tokens", "layers")
+        for key in ("model", "dtype", "phase", "context", "batch", "contender", "fraction", "what",
+                    "width", "layers")
         if key in row
     )  # fmt: skip
     if "skipped" in row:

@@ -62,15 +62,17 @@ SHORT = Profile(
 
 
 def _sweep(dtype: str, contexts: Sequence[int], batches: Sequence[int]) -> list[Point]:
-    """Return decode over contexts, over batches and over fractions, and prefill over contexts."""
-    decode = [Point("decode", context, dtype=dtype) for context in contexts]
-    decode += [Point("decode", 2048, batch, dtype=dtype) for batch in batches]
-    decode += [Point("decode", 2048, fraction=f, dtype=dtype) for f in (0.25, 0.75)]
+    """Return prefill and decode over contexts, over batches and over fractions.
+
+    Points of one fraction stand together: what contenders are made of is kept between them.
+    """
+    points = [Point("decode", context, dtype=dtype) for context in contexts]
+    points += [Point("decode", 512, batch, dtype=dtype) for batch in batches]
     lengths = [context for context in contexts if context <= 2048]
-    prefill = [Point("prefill", length, dtype=dtype, repeats=3) for length in lengths]
-    prefill += [Point("prefill", contexts[-1], dtype=dtype, repeats=1)]
-    prefill += [Point("prefill", 128, batches[-1], dtype=dtype, repeats=3)]
-    return decode + prefill
+    points += [Point("prefill", length, dtype=dtype, repeats=3) for length in lengths]
+    points += [Point("prefill", contexts[-1], dtype=dtype, repeats=1)]
+    points += [Point("prefill", 128, batches[-1], dtype=dtype, repeats=3)]
+    return points + [Point("decode", 2048, fraction=f, dtype=dtype) for f in (0.25, 0.75)]
 
 
 _CONTEXTS, _BATCHES = (128, 512, 2048, 8192), (4, 16)
@@ -100,7 +102,7 @@ LONG = Profile(
             *(Point(p, 2048, dtype="bfloat16", repeats=3) for p in ("decode", "prefill")),
         ],
         _GEMMA: [
-            Point(p, c, fraction=f) for p, c, f in product(("decode",), (512, 4096), (0.25, 0.5))
+            Point(p, c, fraction=f) for p, f, c in product(("decode",), (0.25, 0.5), (512, 4096))
         ],
     },
     calibration=[
