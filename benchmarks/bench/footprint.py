@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,23 @@ def inner_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return plain
 
 
+_MEMORY: dict[str, Any] = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+
+
+@contextmanager
+def _native_stderr_off() -> Iterator[None]:
+    """Keep the profiler's own log, which no setting turns off, from the terminal."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
 def peak_allocated(call: Callable[[], object]) -> int:
     """Return the most bytes that one call held at once of what it allocated itself.
 
@@ -73,7 +92,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _native_stderr_off(), profile(**_MEMORY) as profiled:
         call()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
