@@ -144,7 +144,7 @@ def _speed(
 
     who = [CONTENDERS[name] for name in timed]
     for number, point in enumerate(points):
-        names = [point.name(model, contender.name) for contender in who]
+        names = [point.name(model, contender) for contender in who]
 
         def make(point: speed_points.Point = point) -> dict[str, Row]:
             subject, rates = ready(point.dtype)
@@ -161,7 +161,7 @@ def _speed(
         if not after or after[0].fraction != point.fraction:  # what is made takes gigabytes
             for subject, _ in loaded.values():
                 for contender in who:
-                    contender.forget(subject, point.fraction)
+                    contender.forget(subject, point.fraction_of(contender))
 
 
 def _growth(results: Results, profile: Profile) -> None:

@@ -25,7 +25,7 @@ def _speed(rows: list[Row]) -> str:
     chosen = [
         row
         for row in of_kind(rows, "speed")
-        if (row["dtype"], row["batch"], row["fraction"]) == (DTYPE, BATCH, FRACTION)
+        if (row["dtype"], row["batch"], row["at"]) == (DTYPE, BATCH, FRACTION)
         and row["contender"] in FASTER
     ]
     if not chosen:
@@ -40,11 +40,12 @@ def _speed(rows: list[Row]) -> str:
         }
         cells = (f"{value(here[n], 'speed-up'):.2f}×" if n in here else "–" for n in who)
         lines.append((f"{model}, {phase}, {context:,} tokens", *cells))
+    head = ("", *(column(chosen, name) for name in who))
     title = (
         f'Speed-up over dense `backend="inductor"`, half of the attention layers or of every '
         f"FFN's neurons replaced, {DTYPE}, batch {BATCH}:"
     )
-    return f"{title}\n\n{markdown(('', *who), lines)}"
+    return f"{title}\n\n{markdown(head, lines)}"
 
 
 def _quality(rows: list[Row]) -> str:

@@ -71,7 +71,7 @@ def speed_against_context(rows: Sequence[Row]) -> Any:
     import matplotlib.pyplot as plt
 
     chosen = [r for r in of_kind(rows, "speed") if (r["phase"], r["batch"]) == ("decode", 1)]
-    chosen = [row for row in chosen if row["fraction"] == 0.5 and row["contender"] != DENSE]
+    chosen = [row for row in chosen if row["at"] == 0.5 and row["contender"] != DENSE]
     panels = [
         panel
         for panel in distinct(chosen, "model", "dtype")

@@ -41,7 +41,7 @@ class Point:
         phase: One prompt, or single tokens behind a filled cache.
         context: Tokens in the prompt, or in the cache.
         batch: Sequences at once.
-        fraction: How much contenders replace.
+        fraction: How much contenders replace, but for those that always replace more.
         dtype: Of weights and activations.
         repeats: Rounds.
     """
@@ -53,12 +53,16 @@ class Point:
     dtype: str = "float32"
     repeats: int = 5
 
-    def name(self, model: str, contender: str) -> str:
+    def name(self, model: str, contender: Contender) -> str:
         """Return the row's name."""
         return (
             f"speed/{model}/{self.dtype}/{self.phase}/{self.context}/batch {self.batch}/"
-            f"{contender} {self.fraction:g}"
+            f"at {self.fraction:g}/{contender.name} {self.fraction_of(contender):g}"
         )
+
+    def fraction_of(self, contender: Contender) -> float:
+        """Return how much one contender replaces."""
+        return max(self.fraction, contender.least)
 
 
 @dataclass
@@ -87,16 +91,16 @@ def measure(
         Row name → row; of a contender that cannot take part, one that says why.
     """
     torch._dynamo.reset()
-    names = {c.name: point.name(subject.name, c.name) for c in contenders}
+    names = {c.name: point.name(subject.name, c) for c in contenders}
     about = {
         "kind": "speed", "model": subject.name, "dtype": point.dtype, "phase": point.phase,
-        "context": point.context, "batch": point.batch, "fraction": point.fraction,
+        "context": point.context, "batch": point.batch, "at": point.fraction,
     }  # fmt: skip
     needed = len(contenders) * cache_estimate(subject.model, point)
     free = int(MEMORY_SHARE * psutil.virtual_memory().available)
     if needed > free:
         reason = f"the caches would take {needed:,} bytes, {free:,} are free for them"
-        return {n: {**about, **_who(c), "skipped": reason}
+        return {n: {**about, **_who(point, c), "skipped": reason}
                 for c, n in zip(contenders, names.values(), strict=True)}  # fmt: skip
     rows: dict[str, Row] = {}
     ready: list[_Ready] = []
@@ -104,12 +108,16 @@ def measure(
         try:
             ready.append(_prepare(point, subject, contender))
         except (DoesNotApply, NBLError) as reason:
-            rows[names[contender.name]] = {**about, **_who(contender), "skipped": str(reason)}
+            rows[names[contender.name]] = {
+                **about,
+                **_who(point, contender),
+                "skipped": str(reason),
+            }
     timings = interleaved({r.contender.name: r.call for r in ready}, point.repeats)
     dense = next(r for r in ready if r.contender.name == DENSE)
     for one in ready:
         rows[names[one.contender.name]] = {
-            **about, **_who(one.contender),
+            **about, **_who(point, one.contender),
             **_figures(point, one, dense, timings, machine),
         }  # fmt: skip
     return {name: rows[name] for name in names.values()}
@@ -126,16 +134,17 @@ def cache_estimate(model: Any, point: Point) -> int:
     return int(2 * rows * head * size * point.batch)
 
 
-def _who(contender: Contender) -> Row:
+def _who(point: Point, contender: Contender) -> Row:
     return {
         "contender": contender.name,
+        "fraction": point.fraction_of(contender),
         "family": contender.family,
         "origin": contender.origin,
     }
 
 
 def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
-    made = contender.made(subject, point.fraction)
+    made = contender.made(subject, point.fraction_of(contender))
     compiled = for_speed(contender, made)
     call, kv_bytes = _call(point, subject, made, compiled)
     compiled.first_calls(call, count=2 if point.phase == "decode" else 1)

@@ -82,16 +82,16 @@ def speed(rows: Iterable[Row]) -> str:
         own = [row for row in measured if (row["model"], row["dtype"]) == (model, dtype)]
         who = [name for (name,) in distinct(own, "contender")]
         lines = []
-        for point in distinct(own, "phase", "context", "batch", "fraction"):
+        for point in distinct(own, "phase", "context", "batch", "at"):
             here = {
                 row["contender"]: row
                 for row in own
-                if (row["phase"], row["context"], row["batch"], row["fraction"]) == point
+                if (row["phase"], row["context"], row["batch"], row["at"]) == point
             }
             phase, context, batch, fraction = point
             cells = [_speedup(here.get(name)) for name in who]
             lines.append((phase, f"{context:,}", str(batch), f"{fraction:.0%}", *cells))
-        head = ("phase", "context", "batch", "replaced", *who)
+        head = ("phase", "context", "batch", "replaced", *(column(own, name) for name in who))
         parts.append(f"**{model}**, {dtype}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts) or _NOTHING
 
@@ -100,12 +100,13 @@ def points(rows: Iterable[Row]) -> str:
     """Return every figure of every point."""
     parts = []
     measured = of_kind(rows, "speed")
-    keys = ("model", "dtype", "phase", "context", "batch", "fraction")
+    keys = ("model", "dtype", "phase", "context", "batch", "at")
     for point in distinct(measured, *keys):
         own = [row for row in measured if tuple(row[key] for key in keys) == point]
         lines = [
             (
-                row["contender"], f"{row['tokens_per_second']:,.1f}", f"{row['ms_per_token']:.3f}",
+                column([row], row["contender"]), f"{row['tokens_per_second']:,.1f}",
+                f"{row['ms_per_token']:.3f}",
                 f"{row['spread']:.0%}", _speedup(row), f"{row['predicted_seconds'] * 1e3:.1f}",
                 f"{row['reached']:.0%}", f"{row['speedup_reached']:.0%}",
                 _megabytes(row["bytes_per_token"]), _megabytes(row["resident_bytes"]),
@@ -191,6 +192,13 @@ def provenance(content: Mapping[str, Any]) -> str:
 def value(row: Row, figure: str) -> float:
     """Return one of a row's ratios."""
     return float(row["ratios"][figure]["value"])
+
+
+def column(rows: Iterable[Row], contender: str) -> str:
+    """Return a contender's name, with what it replaces where that is more than others do."""
+    more = {row["fraction"] for row in rows if row["contender"] == contender
+            and row["fraction"] != row["at"]}  # fmt: skip
+    return f"{contender} ({min(more):.0%})" if more else contender
 
 
 _NOTHING = "Not measured in this run."

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from click import Context
 from typer.core import TyperGroup
 
 from nbl_compiler.cli.judge_plans import bench
@@ -16,7 +15,7 @@ from nbl_compiler.cli.shared import Json, console, print_json, share
 class MeasuresByDefault(TyperGroup):
     """``nbl bench MODEL PLAN`` is short for ``nbl bench run MODEL PLAN``."""
 
-    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put ``run`` in front where no command is named."""
         if args and args[0] not in {*self.commands, "--help"}:
             args = ["run", *args]

@@ -133,7 +133,7 @@ def test_a_point_of_speed() -> None:
     names = ("dense eager", speed_points.DENSE, "attention dropped", "int8")
     with speed.measuring():
         rows = speed_points.measure(POINT, subject, [CONTENDERS[n] for n in names], MACHINE)
-    assert list(rows) == [POINT.name("shape", name) for name in names]
+    assert list(rows) == [POINT.name("shape", CONTENDERS[name]) for name in names]
     eager, dense, dropped, quantized = rows.values()
     assert "torchao" in quantized.get("skipped", "torchao")
     assert dense["ratios"]["speed-up"]["value"] == 1.0
@@ -170,3 +170,9 @@ def test_calibrations_growth() -> None:
     again = growth.calibration(growth.Calibration(128, 2048, rounds=1))
     assert again["bytes"]["here"] == row["bytes"]["here"]  # moments do not grow with the tokens
     assert again["bytes"]["published"] == 2 * row["bytes"]["published"]
+
+
+def test_guards_always_replace_more() -> None:
+    assert POINT.fraction_of(CONTENDERS["guarded"]) == 0.8
+    assert POINT.fraction_of(CONTENDERS["NBL"]) == POINT.fraction
+    assert POINT.name("shape", CONTENDERS["guarded"]).endswith("at 0.5/guarded 0.8")

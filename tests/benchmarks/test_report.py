@@ -36,8 +36,9 @@ def quality_row(contender: str, family: str, ratio: float, fraction: float = 0.5
 def speed_row(contender: str, family: str, context: int, faster: float) -> dict[str, Any]:
     return {
         "kind": "speed", "model": "shape", "dtype": "float32", "phase": "decode",
-        "context": context, "batch": 1, "fraction": 0.5, "contender": contender, "family": family,
-        "origin": "here", "seconds": [0.1], "median_seconds": 0.1, "spread": 0.05,
+        "context": context, "batch": 1, "at": 0.5, "fraction": 0.5,
+        "contender": contender, "family": family, "origin": "here", "seconds": [0.1],
+        "median_seconds": 0.1, "spread": 0.05,
         "tokens_per_second": 10.0, "ms_per_token": 100.0, "compile_seconds": 12.0,
         "calibration_seconds": 0.0, "resident_bytes": 2e6, "kv_bytes": 1e6, "peak_bytes": 4e6,
         "bytes_per_token": 5e5, "flops_per_token": 1e6, "predicted_seconds": 0.05, "reached": 0.5,
@@ -142,3 +143,9 @@ def test_the_documentation_says_what_its_results_say() -> None:
     made = json.loads(RESULTS.read_text())
     for page, text in report.filled(made, ROOT, RESULTS.parent).items():
         assert page.read_text() == text, f"{page} has drifted from {RESULTS}"
+
+
+def test_a_contender_that_replaces_more_says_so() -> None:
+    more = {**speed_row("guarded", "ffn", 512, 1.5), "fraction": 0.8}
+    assert "| guarded (80%) |" in tables.speed([*rows(), more])
+    assert "| guarded (80%) |" in headline([*rows(), more])
