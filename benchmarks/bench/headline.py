@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.results import Row
-from bench.tables import distinct, markdown, of_kind, value
+from bench.tables import column, distinct, markdown, of_kind, value
 
 FASTER = ("attention dropped", "NBL", "value taps", "magnitude", "keep+fold", "guarded")
 LOSSES = (
