@@ -16,7 +16,9 @@ TEXTS, EVAL_TEXTS = 192, 64
 def encoder(args: argparse.Namespace) -> Subject:
     """Return MiniLM-L6 with padded batches of sentences."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = resolve(MINILM)
     model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     known, unseen = documents(args)

@@ -44,12 +44,16 @@ def weight_bytes_read(made: Made) -> int:
     if head is not None:
         embeddings.discard(id(head.weight))
     read = [p for p in model.parameters() if id(p) not in embeddings]
-    size = next(iter(model.parameters())).element_size()
-    total = storage_bytes(inner_tensors(read)) - made.unread * size
+    saved = made.unread
     if made.plan is not None:
-        sites = made.plan.rewritten
-        total -= size * sum(s.details["parameters"] - s.parameters_read for s in sites)
-    return total
+        saved += sum(s.details["parameters"] - s.parameters_read for s in made.plan.rewritten)
+    return storage_bytes(inner_tensors(read)) - round(saved * _bytes_a_weight(model))
+
+
+def _bytes_a_weight(model: nn.Module) -> float:
+    """Return the bytes of one weight in the blocks; a plan's matrices are stored as those are."""
+    weights = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
+    return storage_bytes(inner_tensors(weights)) / sum(w.numel() for w in weights)
 
 
 def inner_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:

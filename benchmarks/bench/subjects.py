@@ -45,11 +45,6 @@ class Subject:
         """Whether the weights mean nothing, so that there is nothing to calibrate."""
         return not self.batches
 
-    @property
-    def layers(self) -> int:
-        """Number of blocks."""
-        return int(self.model.config.get_text_config().num_hidden_layers)
-
     def remember(self, key: str, make: Callable[[], Made]) -> tuple[Made, float]:
         """Return what ``make`` makes, and the seconds that it took when it was first asked for."""
         if key not in self._known:
