@@ -11,6 +11,7 @@ of the models.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,17 +55,18 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return models is None or name in models
 
+    loaded = _Loaded(args, profile)
     if "quality" in only:
         for name, parts in profile.quality.items():
             if wanted(name):
-                _quality(results, name, parts, lambda n=name: decoder(n, args), quality.measure)
+                _quality(results, name, parts, lambda n=name: loaded(n), quality.measure)
     if "embeddings" in only and profile.embeddings and wanted(MINILM):
         measure = quality.measure_embeddings
         _quality(results, MINILM, profile.embeddings, lambda: encoder(args), measure)
     if "speed" in only:
         for name, points in profile.speed.items():
             if wanted(name):
-                _speed(results, name, points, profile.timed, args)
+                _speed(results, name, points, profile.timed, loaded)
     if "growth" in only:
         _growth(results, profile)
     console.log(f"{len(results.rows)} rows in {args.out}")
@@ -85,6 +87,39 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class _Loaded:
+    """Loads models, one at a time: what was calibrated for quality serves speed as well.
+
+    Args:
+        args: Of the command line.
+        profile: Says which fractions will be asked for.
+    """
+
+    def __init__(self, args: argparse.Namespace, profile: Profile) -> None:
+        self._args, self._profile = args, profile
+        self._kept: dict[tuple[str, str], Subject] = {}
+
+    def __call__(self, name: str, dtype: str = "float32") -> Subject:
+        """Return the model with its text."""
+        if (name, dtype) not in self._kept:
+            self._kept.clear()
+            subject = decoder(name, self._args, dtype)
+            self._kept[name, dtype] = replace(subject, most=self._most(name))
+        return self._kept[name, dtype]
+
+    def _most(self, name: str) -> float:
+        """Return the largest fraction of attention layers that anyone replaces."""
+        judged = [
+            fraction
+            for names, fractions in self._profile.quality.get(name, ())
+            for contender in names
+            for fraction in fractions
+            if CONTENDERS[contender].family == "attention"
+        ]
+        timed = [point.fraction for point in self._profile.speed.get(name, ())]
+        return max([*judged, *timed], default=0.0)
+
+
 def _quality(
     results: Results,
     model: str,
@@ -93,17 +128,7 @@ def _quality(
     measure: Callable[[Contender, Subject, float], Row],
 ) -> None:
     """Measure contenders one by one; the model is loaded when the first one is missing."""
-    loaded: list[Subject] = []
-    most = max(
-        (f for names, shares in parts for n in names for f in shares
-         if CONTENDERS[n].family == "attention"), default=0.0,
-    )  # fmt: skip
-
-    def subject() -> Subject:
-        if not loaded:
-            loaded.append(replace(load(), most=most))
-        return loaded[0]
-
+    subject = functools.cache(load)
     for contender, fraction in _pairs(parts):
 
         def make(contender: Contender = contender, fraction: float = fraction) -> Row:
@@ -128,40 +153,38 @@ def _speed(
     model: str,
     points: Sequence[speed_points.Point],
     timed: Sequence[str],
-    args: argparse.Namespace,
+    load: Callable[[str, str], Subject],
 ) -> None:
-    """Measure points; model and rates are taken once a dtype."""
-    loaded: dict[str, tuple[Subject, Machine]] = {}
+    """Measure points; a machine's rates are taken once a dtype."""
+    rates: dict[str, Machine] = {}
 
-    def ready(dtype: str) -> tuple[Subject, Machine]:
-        if dtype not in loaded:
-            loaded.clear()  # one dtype in memory at a time
-            subject = decoder(model, args, dtype)
-            kind = getattr(torch, dtype)
-            rates = measure_machine(width=hidden_size(subject.model), dtype=kind)
-            loaded[dtype] = subject, rates
-        return loaded[dtype]
+    def rates_of(subject: Subject, dtype: str) -> Machine:
+        if dtype not in rates:
+            kind, width = getattr(torch, dtype), hidden_size(subject.model)
+            rates[dtype] = measure_machine(width=width, dtype=kind)
+        return rates[dtype]
 
     who = [CONTENDERS[name] for name in timed]
     for number, point in enumerate(points):
         names = [point.name(model, contender) for contender in who]
-
-        def make(point: speed_points.Point = point) -> dict[str, Row]:
-            subject, rates = ready(point.dtype)
-            with speed.measuring():
-                rows = speed_points.measure(point, subject, who, rates)
-            return {name: _stamped(row) for name, row in rows.items()}
-
-        new = not all(name in results.rows for name in names)
-        rows = results.group(names, make)
-        if new:
-            for row in rows.values():
-                _log(row)
+        if all(name in results.rows for name in names):
+            continue
+        subject = load(model, point.dtype)
+        make = functools.partial(_point, point, subject, who, rates_of(subject, point.dtype))
+        for row in results.group(names, make).values():
+            _log(row)
         after = points[number + 1 : number + 2]
         if not after or after[0].fraction != point.fraction:  # what is made takes gigabytes
-            for subject, _ in loaded.values():
-                for contender in who:
-                    contender.forget(subject, point.fraction_of(contender))
+            for contender in who:
+                contender.forget(subject, point.fraction_of(contender))
+
+
+def _point(
+    point: speed_points.Point, subject: Subject, who: Sequence[Contender], machine: Machine
+) -> dict[str, Row]:
+    with speed.measuring():
+        rows = speed_points.measure(point, subject, who, machine)
+    return {name: _stamped(row) for name, row in rows.items()}
 
 
 def _growth(results: Results, profile: Profile) -> None:

@@ -12,13 +12,18 @@ LOSSES = (
     "attention dropped", "NBL, published", "NBL", "value taps", "magnitude", "FLAP", "Wanda", "RIA",
     "TEAL", "CATS", "keep+fold", "guarded",
 )  # fmt: skip
+_OPENING = (
+    "Next to other ways to the same end, in one run of [the benchmark](docs/bench.md) "
+    "(`make bench`):"
+)
 DTYPE, BATCH, FRACTION = "float32", 1, 0.5
 
 
 def headline(rows: Iterable[Row]) -> str:
     """Return two tables: speed-up over dense Inductor at points of batch 1, and perplexity."""
     rows = list(rows)
-    return "\n\n".join(part for part in (_speed(rows), _quality(rows)) if part)
+    parts = [part for part in (_speed(rows), _quality(rows)) if part]
+    return "\n\n".join([_OPENING, *parts]) if parts else ""
 
 
 def _speed(rows: list[Row]) -> str:

@@ -31,6 +31,7 @@ class Subject:
         batches: Text to calibrate on; none for a shape with random weights.
         rows: Text to judge by, ids [1, T] or model inputs.
         most: The largest fraction of attention layers that will be asked for.
+        checked: Whose compiled form was compared with its uncompiled one, and where.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Subject:
     batches: list[Any] = field(default_factory=list, repr=False)
     rows: list[Any] = field(default_factory=list, repr=False)
     most: float = 0.5
+    checked: set[tuple[str, ...]] = field(default_factory=set, repr=False)
     _known: dict[str, tuple[Any, float]] = field(default_factory=dict, init=False, repr=False)
 
     @property
