@@ -149,31 +149,32 @@ def _who(point: Point, contender: Contender) -> Row:
 def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
     made = contender.made(subject, point.fraction_of(contender))
     compiled = for_speed(contender, made)
-    call, kv_bytes = _call(point, subject, made, compiled)
+    call, kv = _call(point, subject, made, compiled)
     compiled.first_calls(call, count=2 if point.phase == "decode" else 1)
     logits: list[Tensor] = []
+    if kv is not None:
+        kv.reset()  # value states add up what every call saw
     peak = peak_allocated(lambda: logits.append(call()))
     known = (contender.name, point.phase, point.dtype)
     if contender.compiled and known not in subject.checked:
         reference = speed.Contender("", for_quality(made), made_cache(made))
         _check(contender, logits[0], _call(point, subject, made, reference)[0]())
         subject.checked.add(known)
-    return _Ready(contender, made, compiled, call, kv_bytes, peak)
+    return _Ready(contender, made, compiled, call, 0 if kv is None else cache_bytes(kv), peak)
 
 
 def _call(
     point: Point, subject: Subject, made: Made, compiled: speed.Contender
-) -> tuple[Callable[[], Tensor], int]:
-    """Return what is timed, and the bytes of its cache."""
+) -> tuple[Callable[[], Tensor], Any]:
+    """Return what is timed, and its cache, if it has one."""
     generator = torch.Generator().manual_seed(0)
     length = point.context if point.phase == "prefill" else 1
     size = (point.batch, length)
     ids = torch.randint(0, vocabulary_size(subject.model), size, generator=generator)
     if point.phase == "prefill":
-        return speed.prefill_call(compiled, ids), 0
+        return speed.prefill_call(compiled, ids), None
     kv = compiled.make_cache(point.context + 2 * STEPS + 2)
-    call = speed.decode_call(compiled, kv, ids, point.context, STEPS)
-    return call, cache_bytes(kv)
+    return speed.decode_call(compiled, kv, ids, point.context, STEPS), kv
 
 
 def _check(contender: Contender, made: Tensor, expected: Tensor) -> None:
