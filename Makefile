@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck bench-quality bench-speed bench-speed-ffn bench-ffn \
-	bench-ffn-quality bench-embedding bench-int8 bench-int8-quality bench-calibration bench-monitor clean
+# Targets with a comment are commands, not files.
+.PHONY: $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,13 @@ format: $(STAMP)  ## Apply the style
 
 typecheck: $(STAMP)  ## Check types
 	$(BIN)/mypy
+
+bench: $(STAMP)  ## This package beside its peers, into bench.json: BENCH=long TEXT= EVAL=
+	$(BIN)/python benchmarks/run.py --profile $(or $(BENCH),short) --out $(or $(OUT),bench.json) \
+		$(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
+
+bench-report: $(STAMP)  ## Fill README and docs from docs/bench/results.json
+	$(BIN)/python benchmarks/report.py docs/bench/results.json
 
 bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt TAPS=1
 	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL)) \

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.results import Results
 from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
@@ -43,35 +44,6 @@ def errors(plan: Plan) -> dict[str, float]:
         "greatest": float(nmse.max()),
         "bytes": share,
     }
-
-
-class Results:
-    """What was measured, kept in a file: a run that ends early goes on where it was.
-
-    Args:
-        path: The file, or None to keep nothing.
-        settings: What the figures depend on; a file of other settings is refused.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self._path, self._content = path, {"settings": settings, "rows": {}}
-        if path is not None and path.exists():
-            self._content = json.loads(path.read_text())
-            if self._content["settings"] != settings:
-                raise SystemExit(f"{path} holds results of {self._content['settings']}; move it")
-
-    def row(
-        self, form: str, share: float, make: Callable[[float], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Return a row, measured if the file does not have it."""
-        rows = self._content["rows"]
-        name = f"{form} {share:g}"
-        if name not in rows:
-            rows[name] = {"share": share, **make(share)}
-            Console(stderr=True).log(f"{name}: perplexity {rows[name]['perplexity']:.2f}")
-            if self._path is not None:
-                self._path.write_text(json.dumps(self._content, indent=2))
-        return rows[name]
 
 
 def plot(tables: dict[str, list[dict[str, Any]]], dense: float, path: Path) -> None:
@@ -119,6 +91,12 @@ def main() -> None:
     }  # fmt: skip
     results = Results(args.results, settings)
 
+    def row(form: str, share: float, make: Callable[[float], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row, measured if the file does not have it."""
+        made = results.row(f"{form} {share:g}", lambda: {"share": share, **make(share)})
+        Console(stderr=True).log(f"{form} {share:g}: perplexity {made['perplexity']:.2f}")
+        return made
+
     def fit(**form: Any) -> Plan:
         tokens = args.guard_tokens if "guard" in form else args.tokens
         config = nbl.Config(attention=None, ffn=nbl.FFN(max_nmse=EVERY, **form))
@@ -147,14 +125,14 @@ def main() -> None:
         plan = fit(keep=0.0, guard="predicted", capacity=share, values="predicted")
         return {**errors(plan), "perplexity": measure(plan)}
 
-    dense = results.row("dense", 1.0, lambda _: {"perplexity": measure(Plan())})["perplexity"]
+    dense = row("dense", 1.0, lambda _: {"perplexity": measure(Plan())})["perplexity"]
     forms = {
         "static set kept": (static, args.keep),
         "guard": (guarded, args.capacity),
         "guard, predicted values": (predicted, args.predicted),
     }
     tables = {
-        name: [results.row(name, share, make) for share in numbers(shares)]
+        name: [row(name, share, make) for share in numbers(shares)]
         for name, (make, shares) in forms.items()
     }
     if args.plot:

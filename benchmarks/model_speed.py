@@ -13,72 +13,18 @@ import argparse
 import json
 
 import torch
+from bench.random_plans import random_plan
+from bench.shapes import QWEN_05B, build
 from rich.console import Console
 from torch import nn
 
 from nbl_compiler import speed
 from nbl_compiler.cost import measure_machine
-from nbl_compiler.fingerprint import sketch
-from nbl_compiler.plans import Plan, Site
+from nbl_compiler.plans import Plan
 from nbl_compiler.speed_table import as_rows, speed_table
 
-# d 896, 24 layers, 14 query and 2 key/value heads, FFN 4,864, vocabulary 151,936, tied head.
-QWEN_05B = {
-    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864,
-    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-    "max_position_embeddings": 32_768, "tie_word_embeddings": True,
-}  # fmt: skip
 # Logits of a random model are of order one; a wrong rewrite misses by as much.
 NUMERIC_TOLERANCE = 1e-3
-
-
-def random_plan(model: nn.Module, count: int, ffn: int, keep: float) -> Plan:
-    """Return a plan that linearizes attention layers and folds FFNs, with random maps.
-
-    Args:
-        model: A decoder laid out as Llama.
-        count: Attention layers to linearize, evenly spread.
-        ffn: FFNs to fold, likewise.
-        keep: Share of the neurons that stay dense in these.
-    """
-    sites = []
-    for kind, suffix, wanted in (("attention", "self_attn", count), ("ffn", "mlp", ffn)):
-        names = [name for name, _ in model.named_modules() if name.endswith(suffix)]
-        step = max(len(names) // max(wanted, 1), 1)
-        chosen = set(names[step - 1 :: step][:wanted])
-        for name in names:
-            block = model.get_submodule(name)
-            tensors, details = attention_map(model) if kind == "attention" else folded(block, keep)
-            details["parameters"] = sum(p.numel() for p in block.parameters())
-            decision = "rewritten" if name in chosen else "kept"
-            used = tensors if name in chosen else {}
-            sites.append(Site(name, kind, decision, "random", tensors=used, details=details))
-    return Plan(tuple(sites), tuple(sketch(p) for p in model.parameters()), "random weights")
-
-
-def attention_map(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Return a random linear map of the model's width."""
-    width = model.config.hidden_size
-    tensors = {"weight": torch.randn(width, width) * 0.02, "bias": torch.zeros(width)}
-    return tensors, {"input": "normed"}
-
-
-def folded(block: nn.Module, keep: float) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Return a folded FFN: the first neurons kept, a random map for the others."""
-    neurons, width = block.up_proj.weight.shape
-    k = round(keep * neurons)
-    tensors = {
-        "kept": torch.arange(k),
-        "down": block.down_proj.weight[:, :k].detach().clone(),
-        "weight": torch.randn(width, width) * 0.02,
-        "bias": torch.zeros(width),
-    }
-    read = 3 * k * width + width * width + width
-    details = {
-        "form": "keep+fold", "activation": "silu", "gated": True, "neurons": neurons, "kept": k,
-        "width_in": width, "width_out": width, "parameters_read": read,
-    }  # fmt: skip
-    return tensors, details
 
 
 def check(model: nn.Module, plan: Plan, pair: tuple[speed.Contender, speed.Contender]) -> None:
@@ -113,8 +59,6 @@ def check(model: nn.Module, plan: Plan, pair: tuple[speed.Contender, speed.Conte
 
 def main() -> None:
     """Print measured and predicted speed-ups."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--ffn", type=int, default=0, help="FFNs to fold")
@@ -124,8 +68,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).eval()
+    model = build("qwen2.5-0.5b-shape")
     plan = random_plan(model, args.count, args.ffn, args.keep)
     machine = measure_machine(width=QWEN_05B["hidden_size"])
     with speed.measuring():

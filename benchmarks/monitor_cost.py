@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from model_speed import QWEN_05B, random_plan
+from bench.random_plans import random_plan
+from bench.shapes import QWEN_05B
 from rich.console import Console
 from rich.table import Table
 from torch import nn

@@ -194,22 +194,29 @@ def _int(size: object) -> int:
 
 
 _PROBE_NUMBERS = 2**25
-"""128 MiB: more than any cache."""
+"""128 MiB in float32: more than any cache."""
 
 
-def measure_machine(repeats: int = 9, width: int = 1024, *, streamed: bool = True) -> Machine:
-    """Measure this machine's rates, of both kinds of linear layers (float32, CPU; seconds).
+def measure_machine(
+    repeats: int = 9,
+    width: int = 1024,
+    *,
+    streamed: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Machine:
+    """Measure this machine's rates, of both kinds of linear layers (CPU; takes seconds).
 
     Args:
         repeats: Medians of this many runs.
         width: Columns of the matrix, the model's hidden size: rows of other lengths are read at
             other rates.
         streamed: Also measure ``streamed_linear``, which has to be compiled for it.
+        dtype: Of the weights and activations.
     """
     from nbl_compiler.timing import median_seconds
 
-    weight = torch.randn(_PROBE_NUMBERS // width, width)
-    vector, block = torch.randn(1, width), torch.randn(256, width)
+    weight = torch.randn(_PROBE_NUMBERS // width, width).to(dtype)
+    vector, block = torch.randn(1, width).to(dtype), torch.randn(256, width).to(dtype)
     slow = median_seconds(lambda: F.linear(vector, weight), repeats)
     fast = median_seconds(lambda: F.linear(block, weight), repeats)
     machine = Machine(weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast)

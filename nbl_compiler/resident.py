@@ -72,7 +72,7 @@ def release(model: nn.Module, plan: Plan | None = None, *args: Any, **kwargs: An
     if not args and not kwargs:
         kwargs = _example_inputs(model)
     registry.check_weights(dict(model.named_parameters()), plan, type(model).__name__)
-    unread = _unread(model, plan, args, kwargs)
+    unread = unread_parameters(model, plan, args, kwargs)
     names: list[str] = []
     earlier: list[str] = []
     freed = 0
@@ -114,10 +114,17 @@ def _example_inputs(model: nn.Module) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in known.items()}
 
 
-def _unread(
+def unread_parameters(
     model: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> set[nn.Parameter]:
-    """Return the parameters that come into traced graphs and are read by none of them."""
+    """Return the parameters that come into rewritten graphs and are read by none of them.
+
+    Args:
+        model: Traced, neither changed nor run compiled.
+        plan: What rewrites the graphs.
+        args: Example inputs.
+        kwargs: Example inputs.
+    """
     read: set[nn.Parameter] = set()
     unread: set[nn.Parameter] = set()
 

@@ -132,13 +132,19 @@ def prefill(
     ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
     calls = {}
     for contender in pair:
-        calls[contender.name] = _prefill_call(contender, ids)
+        calls[contender.name] = prefill_call(contender, ids)
         contender.first_calls(calls[contender.name])
     times = interleaved(calls, repeats)
     return SpeedRow("prefill", length, times["dense"], times["nbl"], _predict(pair[1], machine))
 
 
-def _prefill_call(contender: Contender, ids: Tensor) -> Callable[[], object]:
+def prefill_call(contender: Contender, ids: Tensor) -> Callable[[], Tensor]:
+    """Return a function that runs a prompt and returns the logits of its last position.
+
+    Args:
+        contender: The model.
+        ids: [B, T].
+    """
     return lambda: contender.forward(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
@@ -161,7 +167,7 @@ def decode(
     calls, sizes = {}, []
     for contender in pair:
         kv = contender.make_cache(context + 2 * steps + 2)
-        calls[contender.name] = _decode_call(contender, kv, token, context, steps)
+        calls[contender.name] = decode_call(contender, kv, token, context, steps)
         contender.first_calls(calls[contender.name], count=2)
         sizes.append(cache_bytes(kv))
     times = interleaved(calls, repeats)
@@ -172,13 +178,25 @@ def decode(
     )
 
 
-def _decode_call(
+def decode_call(
     contender: Contender, kv: Any, token: Tensor, context: int, steps: int
-) -> Callable[[], object]:
-    def run() -> None:
+) -> Callable[[], Tensor]:
+    """Return a function that decodes single tokens and returns the last one's logits.
+
+    Args:
+        contender: The model.
+        kv: Its static cache, empty; allocated here.
+        token: What every step reads, [B, 1].
+        context: Tokens that the cache pretends to hold before the first step.
+        steps: How many tokens to decode.
+    """
+
+    def run() -> Tensor:
         set_length(kv, context)
         for _ in range(steps):
-            contender.forward(input_ids=token, past_key_values=kv)
+            made = contender.forward(input_ids=token, past_key_values=kv)
+        logits: Tensor = made.logits
+        return logits
 
     set_up(kv, contender.forward, token.shape[0])
     return run

@@ -6,8 +6,9 @@ import sys
 
 import typer
 
+from nbl_compiler.cli.bench_group import bench_app
 from nbl_compiler.cli.job import own_rank, processes, refuse_job
-from nbl_compiler.cli.judge_plans import bench, evaluate, explain
+from nbl_compiler.cli.judge_plans import evaluate, explain
 from nbl_compiler.cli.make_plans import calibrate, plan_for_budget, refit
 from nbl_compiler.cli.run_models import demo, generate, minify
 from nbl_compiler.errors import NBLError
@@ -32,7 +33,7 @@ app.command("plan")(plan_for_budget)
 app.command("refit")(refit)
 app.command("explain")(explain)
 app.command("eval")(evaluate)
-app.command("bench")(bench)
+app.add_typer(bench_app, name="bench")
 app.command("generate")(generate)
 app.command("demo")(demo)
 app.command("minify")(minify)
