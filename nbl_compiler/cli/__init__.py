@@ -9,6 +9,7 @@ import typer
 from nbl_compiler.cli.judge_plans import bench, evaluate, explain
 from nbl_compiler.cli.make_plans import calibrate, plan_for_budget, refit
 from nbl_compiler.cli.run_models import demo, generate, minify
+from nbl_compiler.cli.serve_models import export
 from nbl_compiler.errors import NBLError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("generate")(generate)
 app.command("demo")(demo)
+app.command("export")(export)
 app.command("minify")(minify)
 
 
