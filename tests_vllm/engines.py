@@ -6,7 +6,6 @@ Run as a script it serves in processes of its own, as a user's program would:
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from dataclasses import dataclass
@@ -63,7 +62,6 @@ def serve(folder: Path, **settings: Any) -> Served:
     blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     engine.llm_engine.engine_core.shutdown()
     del engine
-    gc.collect()
     cleanup_dist_env_and_memory()
     return Served(
         [_table(result.prompt_logprobs) for result in results],
