@@ -53,9 +53,7 @@ def test_an_empty_plan_changes_nothing(stock: tuple[Path, Served], tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_mixed_lengths_in_chunks(
-    family: str, stock: tuple[Path, Served], tmp_path: Path
-) -> None:
+def test_mixed_lengths_in_chunks(family: str, stock: tuple[Path, Served], tmp_path: Path) -> None:
     model = make_model(family)
     plan = random_plan(model, **CASES[family])
     expected = run_in_transformers(model, plan)

@@ -70,10 +70,10 @@ def test_another_plan_in_the_folder(saved: Path, tmp_path: Path) -> None:
     model = make_model("Llama")
     export(saved, random_plan(model, attention=(1,)), tmp_path / "out")
     random_plan(model, attention=(2,)).save(tmp_path / "out/nbl/plan.safetensors")
-    with pytest.raises(ValueError, match="not the plan that config.json names"):
+    with pytest.raises(ValueError, match=r"not the plan that config.json names"):
         configure(tmp_path / "out")
     (tmp_path / "out/nbl/plan.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no nbl/plan.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no nbl/plan\.safetensors"):
         configure(tmp_path / "out")
 
 

@@ -1,9 +1,9 @@
 """``nbl export``: a model and its plan as one folder that vLLM serves.
 
-    OUT/config.json               ``architectures`` renamed, a section ``nbl`` with the plan's digest
-    OUT/weights-00001-of-….safetensors     the original files, linked or copied
-    OUT/nbl/plan.safetensors      the plan
-    OUT/tokenizer.json …          all that is no weight, copied
+    OUT/config.json              ``architectures`` renamed, a section ``nbl``: the plan's digest
+    OUT/weights-….safetensors    the original files, linked or copied
+    OUT/nbl/plan.safetensors     the plan
+    OUT/tokenizer.json …         all that is no weight, copied
 
 The weights' names are not those that transformers looks for: without the plugin nobody can take the
 folder for the dense model, nor fill what ``strip`` left out with random numbers.
@@ -36,7 +36,8 @@ from nbl_compiler.serving.plan_weights import PlanWeights
 from nbl_compiler.serving.refusals import check_servable
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_LEFT_OUT = ("config.json", "params.json")  # with params.json vLLM takes it for Mistral's own format
+# config.json is written anew; by params.json vLLM would take the folder for Mistral's own format.
+_LEFT_OUT = ("config.json", "params.json")
 _VERSION = 1
 
 

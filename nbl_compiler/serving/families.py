@@ -16,8 +16,8 @@ VLLM_MODULES = {
 }
 """Architecture in a model's ``config.json`` → module of ``vllm.model_executor.models``.
 
-All of them name a layer's parts alike (``input_layernorm``, ``self_attn``, ``mlp`` with ``gate_proj``,
-``up_proj`` and ``down_proj``), and hand attention what ``input_layernorm`` returns.
+All of them name a layer's parts alike (``input_layernorm``, ``self_attn``, ``mlp`` with
+``gate_proj``, ``up_proj`` and ``down_proj``), and hand attention what ``input_layernorm`` returns.
 """
 
 SECTION = "nbl"
@@ -40,6 +40,11 @@ def layer_of(site: Site) -> int | None:
     """Return the index of a site's decoder layer, or None if its name does not tell it."""
     found = re.search(rf"(?:^|\.)layers\.(\d+)\.{_PARTS[site.kind]}$", site.name)
     return int(found[1]) if found else None
+
+
+def is_guarded(site: Site) -> bool:
+    """Tell whether a site is a folded FFN with an outlier guard."""
+    return site.details.get("form") == "guarded"
 
 
 def place_of(weight: str) -> tuple[int, str, str] | None:

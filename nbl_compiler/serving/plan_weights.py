@@ -5,6 +5,8 @@
     layers.i.mlp.{gate_proj, up_proj}.*     [f, …] → the rows of the kept neurons [k, …]
     layers.i.mlp.down_proj.*                dropped; the plan's own columns [d, k] come in
                                             layers.i.mlp.map.weight [d, d] and layers.i.mlp.bias [d]
+
+An FFN with a guard keeps all of its weights; what the plan has of it does not come in as weights.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from nbl_compiler.errors import PlanMismatchError
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.serving.families import layer_of, place_of
+from nbl_compiler.serving.families import is_guarded, layer_of, place_of
 
 _ROWS = ("gate_proj.", "up_proj.")
 MAP = "map"
@@ -36,7 +38,10 @@ class PlanWeights:
         wanted = [(i, s) for i, s in placed if i is not None and (layers is None or i in layers)]
         self.attention: dict[int, Site] = {i: s for i, s in wanted if s.kind == "attention"}
         self.ffn: dict[int, Site] = {i: s for i, s in wanted if s.kind == "ffn"}
-        self._rows: set[tuple[int, str]] = set()
+        self._seen: set[str] = set()
+
+    def _folded(self) -> list[tuple[int, Site]]:
+        return [(layer, site) for layer, site in self.ffn.items() if not is_guarded(site)]
 
     def site_of(self, name: str) -> Site | None:
         """Return the replaced site that one of the checkpoint's weights belongs to."""
@@ -57,7 +62,7 @@ class PlanWeights:
         layer, part, rest = place
         if part == "input_layernorm" and layer in self.attention:
             return None if reads_residual(self.attention[layer]) else weight
-        if site is None:
+        if site is None or is_guarded(site):
             return weight
         kept = site.kind == "ffn" and rest.startswith(_ROWS)
         return _kept_rows(name, weight, site) if kept else None
@@ -71,7 +76,7 @@ class PlanWeights:
         for layer, site in self.attention.items():
             for name in ("weight", "bias"):
                 yield f"model.layers.{layer}.self_attn.{MAP}.{name}", site.tensors[name]
-        for layer, site in self.ffn.items():
+        for layer, site in self._folded():
             names = {"weight": f"{MAP}.weight", "bias": "bias", "down": "down_proj.weight"}
             for name, target in names.items():
                 if name not in site.tensors:
@@ -89,21 +94,21 @@ class PlanWeights:
             read = self.original(name, weight)
             if read is None:
                 continue
-            if self.site_of(name) is not None:
-                layer, _, rest = place_of(name)  # type: ignore[misc]
-                self._rows.add((layer, rest))
-                read = pad(read, multiple_of)
+            site = self.site_of(name)
+            if site is not None:
+                self._seen.add(name)
+                read = read if is_guarded(site) else pad(read, multiple_of)
             yield name, read
         yield from self.replacements(multiple_of)
 
-    def missing_rows(self) -> list[str]:
-        """Return the names of kept neurons' weights that ``through`` has not come across."""
-        return [
-            f"model.layers.{layer}.mlp.{part}weight"
-            for layer, site in self.ffn.items()
-            for part in _ROWS
-            if int(site.details["kept"]) and (layer, f"{part}weight") not in self._rows
-        ]
+    def missing(self) -> list[str]:
+        """Return the names of FFN weights that are needed, and that ``through`` never met."""
+        wanted = []
+        for layer, site in self.ffn.items():
+            parts = (*_ROWS, "down_proj.") if is_guarded(site) else _ROWS
+            if is_guarded(site) or int(site.details["kept"]):
+                wanted += [f"model.layers.{layer}.mlp.{part}weight" for part in parts]
+        return [name for name in wanted if name not in self._seen]
 
 
 def reads_residual(site: Site) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_compiler.errors import ConfigError, PlanMismatchError
+from nbl_compiler.passes.fold_ffn import check_folded_shapes
 from nbl_compiler.passes.rewrite_sites import check_shapes
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.serving.families import VLLM_MODULES, layer_of
@@ -73,20 +74,9 @@ def _check_attention(site: Site, config: Mapping[str, Any]) -> None:
 
 
 def _check_ffn(site: Site, config: Mapping[str, Any]) -> None:
-    if site.details["form"] == "guarded":
-        raise ConfigError(
-            f"{site.name} has an outlier guard; only FFNs without one are served: calibrate with "
-            "guard='off'"
-        )
     width, neurons = config["hidden_size"], config["intermediate_size"]
     if not site.details["gated"] or site.details["neurons"] != neurons:
         raise PlanMismatchError(
             f"the plan's {site.name} is no gated FFN of {neurons} neurons; calibrate this model"
         )
-    kept = int(site.details["kept"])
-    wanted: dict[str, tuple[object, ...]] = {"bias": (width,)}
-    if kept < neurons:
-        wanted["weight"] = (width, width)
-    if kept:
-        wanted |= {"kept": (kept,), "down": (width, kept)}
-    check_shapes(site, wanted)
+    check_folded_shapes(site, width, width)

@@ -36,7 +36,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor, **_: Any) -> Tensor:
         """Return y [tokens, d] for ``hidden_states`` [tokens, d]."""
-        output, _bias = self.map(hidden_states)
+        output: Tensor = self.map(hidden_states)[0]
         return output
 
 
@@ -97,7 +97,7 @@ class FoldedFFN(nn.Module):
             parts.append(self.down_proj(self.act_fn(hidden))[0])
         if self.map is not None:
             parts.append(self.map(x)[0])
-        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        total: Tensor = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         if self.parallel > 1:
             total = tensor_model_parallel_all_reduce(total)
         return total + self.bias

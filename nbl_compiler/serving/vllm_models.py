@@ -21,7 +21,9 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from nbl_compiler.errors import PlanFormatError
 from nbl_compiler.plans import Site
+from nbl_compiler.serving.families import is_guarded
 from nbl_compiler.serving.plan_weights import PlanWeights, reads_residual
+from nbl_compiler.serving.vllm_guarded import GuardedFFNLayer
 from nbl_compiler.serving.vllm_layers import FoldedFFN, LinearAttention, StreamInFront
 from nbl_compiler.serving.vllm_settings import check_settings, load_plan
 
@@ -71,7 +73,7 @@ class _Planned:
         fed = plan.through(weights, multiple_of=processes)
         loaded: set[str] = super().load_weights(fed)  # type: ignore[misc]
         # vLLM reports no linear layer whose weights were missing.
-        missing = plan.missing_rows()
+        missing = plan.missing()
         for path in self._nbl_replaced:
             module = cast(nn.Module, self).get_submodule(path)
             names = {f"{path}.{name}" for name, _ in module.named_parameters()}
@@ -81,6 +83,9 @@ class _Planned:
                 f"{', '.join(missing[:4])} did not get loaded; the folder lacks weights that the "
                 "plan needs: export it again"
             )
+        for index, site in plan.ffn.items():
+            if is_guarded(site):
+                self.model.layers[index].mlp.apply_plan(site)
         return loaded
 
 
@@ -92,6 +97,8 @@ def _linear_attention(layer: nn.Module, width: int, site: Site, path: str) -> nn
 
 def _folded_ffn(layer: nn.Module, width: int, site: Site, path: str) -> nn.Module:
     old: Any = layer.mlp
+    if is_guarded(site):
+        return GuardedFFNLayer(old.gate_up_proj, old.down_proj, site)
     return FoldedFFN(width, site, old.act_fn, old.gate_up_proj.bias is not None, path)
 
 

@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from nbl_compiler.errors import ConfigError, PlanMismatchError
 from nbl_compiler.plans import Plan
-from nbl_compiler.serving.families import PLAN_FILE, SECTION, layer_of
+from nbl_compiler.serving.families import PLAN_FILE, SECTION, is_guarded, layer_of
 
 
 class EngineSettings(VerifyAndUpdateConfig):
@@ -31,7 +31,7 @@ def load_plan(vllm_config: VllmConfig) -> Plan:
         PlanFormatError: if it is truncated or edited.
         PlanMismatchError: if it is not the plan that ``config.json`` names.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     model = vllm_config.model_config
     section = getattr(model.hf_config, SECTION, None)
@@ -59,8 +59,8 @@ def check_settings(vllm_config: VllmConfig, plan: Plan) -> None:
         return
     if vllm_config.lora_config is not None:
         raise ConfigError(
-            "LoRA: an adapter's matrices for a replaced layer would have nothing to attach to; merge "
-            "the adapter into the model, calibrate and export that"
+            "LoRA: an adapter's matrices for a replaced layer would have nothing to attach to; "
+            "merge the adapter into the model, calibrate and export that"
         )
     if vllm_config.quant_config is not None:
         raise ConfigError(
@@ -78,6 +78,13 @@ def check_settings(vllm_config: VllmConfig, plan: Plan) -> None:
             "weights offloaded to the CPU: the offloader takes hold of layers before the plan "
             "replaces parts of them; serve without it"
         )
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        guarded = [site.name for site in plan.rewritten if is_guarded(site)]
+        if guarded:
+            raise ConfigError(
+                f"tensor parallel: the guard of {guarded[0]} picks a token's outliers among all "
+                "neurons, which no process has; serve it in one, or calibrate with guard='off'"
+            )
     _check_stages(vllm_config, plan)
 
 
@@ -91,7 +98,7 @@ def _check_stages(vllm_config: VllmConfig, plan: Plan) -> None:
         own = range(*get_pp_indices(layers, stage, stages))
         if all(layer in linearized for layer in own):
             raise ConfigError(
-                f"pipeline stage {stage} of {stages} (layers {own.start} to {own.stop - 1}) has no "
-                "attention layer left, so vLLM cannot size its cache; take fewer stages, divide the "
-                "layers otherwise (VLLM_PP_LAYER_PARTITION), or leave one of these layers dense"
+                f"pipeline stage {stage} of {stages} (layers {own.start} to {own.stop - 1}) has "
+                "no attention layer left, so vLLM cannot size its cache; take fewer stages, divide "
+                "the layers otherwise (VLLM_PP_LAYER_PARTITION), or leave one of these dense"
             )
