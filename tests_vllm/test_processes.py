@@ -20,16 +20,6 @@ from nbl_compiler.serving.export import export
 SCRIPT = Path(__file__).with_name("engines.py")
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Served]:
-    """A stripped folder of Llama and its plan, and what transformers makes of that plan."""
-    folder = tmp_path_factory.mktemp("processes")
-    model = make_model("Llama")
-    plan = random_plan(model, **CASES["Llama"])
-    export(save(model, folder / "model"), plan, folder / "out", strip=True)
-    return folder / "out", run_in_transformers(model, plan)
-
-
 def run(folder: Path, result: Path, settings: dict[str, Any], **environment: str) -> str:
     """Serve in a program of its own; return what it said."""
     variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
@@ -39,23 +29,34 @@ def run(folder: Path, result: Path, settings: dict[str, Any], **environment: str
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "plan"),
     [
-        pytest.param({}, id="compiled"),
-        pytest.param({"tensor_parallel_size": 2, "enforce_eager": True}, id="tensor parallel 2"),
+        pytest.param(
+            {}, {"attention": (1,), "residual": (1,), "ffn": {0: 11}, "guarded": (2,)},
+            id="compiled",
+        ),
+        pytest.param(
+            {"tensor_parallel_size": 2, "enforce_eager": True}, CASES["Llama"],
+            id="tensor parallel 2",
+        ),
     ],
-)
+)  # fmt: skip
 def test_processes_of_its_own(
-    settings: dict[str, Any], exported: tuple[Path, Served], tmp_path: Path
+    settings: dict[str, Any], plan: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder, expected = exported
-    said = run(folder, tmp_path / "result", settings)
+    model = make_model("Llama")
+    made = random_plan(model, **plan)
+    expected = run_in_transformers(model, made)
+    export(save(model, tmp_path / "model"), made, tmp_path / "out", strip=True)
+    said = run(tmp_path / "out", tmp_path / "result", settings)
     assert (tmp_path / "result").exists(), said
     assert_same(Served(**torch.load(tmp_path / "result")), expected)
 
 
-def test_vllm_without_the_plugin_refuses(exported: tuple[Path, Served], tmp_path: Path) -> None:
-    said = run(exported[0], tmp_path / "result", {}, VLLM_PLUGINS="none")
+def test_vllm_without_the_plugin_refuses(tmp_path: Path) -> None:
+    model = make_model("Llama")
+    export(save(model, tmp_path / "model"), random_plan(model), tmp_path / "out")
+    said = run(tmp_path / "out", tmp_path / "result", {}, VLLM_PLUGINS="none")
     assert not (tmp_path / "result").exists()
     assert "NBLLlamaForCausalLM" in said
     assert "not supported" in said

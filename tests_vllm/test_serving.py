@@ -22,7 +22,7 @@ CASES = {
     "Llama": {"attention": (1, 2), "residual": (2,), "ffn": EVERY_FORM},
     "Mistral": {"attention": (0,), "residual": (0,), "ffn": {1: 24}},
     "Qwen2": {"attention": (0, 3)},
-    "Qwen3": {"ffn": EVERY_FORM},
+    "Qwen3": {"ffn": EVERY_FORM, "guarded": (1,)},
     "Gemma2": {"attention": (1,), "residual": (1,), "ffn": EVERY_FORM},
     "Gemma3Text": {"attention": (1, 2), "residual": (2,), "ffn": EVERY_FORM},
 }

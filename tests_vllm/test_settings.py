@@ -51,6 +51,13 @@ def test_settings_that_a_plan_cannot_be_served_with(
         configure(exported, **settings)
 
 
+def test_a_guard_needs_all_neurons(saved: Path, tmp_path: Path) -> None:
+    plan = random_plan(make_model("Llama"), guarded=(1,))
+    export(saved, plan, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"guard of model\.layers\.1\.mlp .* calibrate with guard"):
+        configure(tmp_path / "out", tensor_parallel_size=2)
+
+
 def test_an_empty_plan_asks_for_nothing(saved: Path, tmp_path: Path) -> None:
     export(saved, random_plan(make_model("Llama")), tmp_path / "out")
     assert configure(tmp_path / "out", enable_lora=True).lora_config is not None

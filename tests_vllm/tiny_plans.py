@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers as hf
 from torch import Tensor
 
+import nbl_compiler as nbl
 from nbl_compiler.fingerprint import sketch
 from nbl_compiler.plans import Plan, Site
 
@@ -50,6 +52,7 @@ def random_plan(
     attention: Collection[int] = (),
     ffn: Mapping[int, int] | None = None,
     residual: Collection[int] = (),
+    guarded: Collection[int] = (),
     seed: int = 3,
 ) -> Plan:
     """Return a plan that replaces some layers' attention and FFNs by seeded random maps.
@@ -59,6 +62,7 @@ def random_plan(
         attention: Layers whose attention becomes a map.
         ffn: Layer → number of neurons kept of its folded FFN.
         residual: Those of ``attention`` whose map reads the residual stream.
+        guarded: Layers whose FFN is folded with a guard, as calibration makes it.
         seed: Of the maps' entries.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -71,6 +75,8 @@ def random_plan(
     def site(layer: int, part: str) -> Site:
         name = f"model.layers.{layer}.{part}"
         kind = "attention" if part == "self_attn" else "ffn"
+        if kind == "ffn" and layer in guarded:
+            return with_guards.site(name)
         if layer not in (attention if kind == "attention" else ffn or {}):
             return Site(name, kind, "kept", "left dense by the test")
         block = model.get_submodule(name)
@@ -92,8 +98,26 @@ def random_plan(
         reason = "asked for by the test"
         return Site(name, kind, "rewritten", reason, tensors=tensors, details=details)
 
+    with_guards = _calibrated(model, guarded)
     parts = [(i, part) for i in range(LAYERS) for part in ("self_attn", "mlp")]
     return Plan(tuple(site(*part) for part in parts), tuple(sketches), type(model).__name__)
+
+
+def _calibrated(model: hf.PreTrainedModel, guarded: Collection[int]) -> Plan:
+    """Return a calibrated plan of FFNs with guards, weights numbered as in ``random_plan``."""
+    if not guarded:
+        return Plan()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, VOCABULARY, (4, 64), generator=generator) for _ in range(3)]
+    ffn = nbl.FFN(layers=sorted(guarded), keep=0.25, guard="predicted", capacity=0.1)
+    plan = nbl.calibrate(model, texts, nbl.Config(attention=None, ffn=ffn), progress=False)
+    order = list(dict.fromkeys(map(sketch, model.parameters())))
+
+    def renumbered(site: Site) -> Site:
+        weights = [order.index(plan.fingerprint[i]) for i in site.details.get("weights", ())]
+        return replace(site, details={**site.details, "weights": weights})
+
+    return Plan(tuple(map(renumbered, plan.sites)), tuple(order))
 
 
 def prompts() -> list[list[int]]:

@@ -62,14 +62,15 @@ def check_settings(vllm_config: VllmConfig, plan: Plan) -> None:
             "LoRA: an adapter's matrices for a replaced layer would have nothing to attach to; "
             "merge the adapter into the model, calibrate and export that"
         )
-    if vllm_config.quant_config is not None:
+    model = vllm_config.model_config
+    if model.quantization is not None:
         raise ConfigError(
-            f"quantization={vllm_config.model_config.quantization!r}: the plan was calibrated on "
+            f"quantization={model.quantization!r}: the plan was calibrated on "
             "plain weights, and its errors hold for those; serve it without quantization"
         )
-    if vllm_config.model_config.runner_type != "generate":
+    if model.runner_type != "generate":
         raise ConfigError(
-            f"runner={vllm_config.model_config.runner_type!r}: only text generation is served; "
+            f"runner={model.runner_type!r}: only text generation is served; "
             "pooling adapters load weights past the plan"
         )
     offload = vllm_config.offload_config
