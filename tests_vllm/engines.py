@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ SETTINGS = {
     "max_model_len": 64,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 16,  # prompts are longer: they are prefilled in chunks
+    "block_size": 32,  # the longest prompts fill one, so that prefixes can be found again
     "max_logprobs": VOCABULARY,
     "seed": 0,
 }
@@ -39,11 +40,13 @@ class Served:
     Args:
         logprobs: Of each prompt, log-probabilities of its tokens but the first, [length − 1, V].
         tokens: Of each prompt, the tokens that were chosen greedily.
-        blocks: Blocks of the KV cache, 0 if unknown.
+        again: The same of a second run, which finds the long prompts' prefixes in the cache.
+        blocks: Blocks of the KV cache.
     """
 
     logprobs: list[Tensor]
     tokens: list[list[int]]
+    again: list[list[int]] = field(default_factory=list)
     blocks: int = 0
 
 
@@ -53,12 +56,13 @@ def serve(folder: Path, **settings: Any) -> Served:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     engine = LLM(str(folder), **{**SETTINGS, **settings})
-    wanted = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=VOCABULARY, detokenize=False,
-        ignore_eos=True,
-    )  # fmt: skip
+    greedy = {"temperature": 0, "max_tokens": NEW_TOKENS, "detokenize": False, "ignore_eos": True}
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts()]
-    results = engine.generate(inputs, wanted, use_tqdm=False)
+    scored = SamplingParams(prompt_logprobs=VOCABULARY, **greedy)
+    results = engine.generate(inputs, scored, use_tqdm=False)
+    again = engine.generate(inputs, SamplingParams(**greedy), use_tqdm=False)
+    found = [result.num_cached_tokens or 0 for result in again]
+    assert max(found) >= SETTINGS["block_size"], found
     blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     engine.llm_engine.engine_core.shutdown()
     del engine
@@ -66,6 +70,7 @@ def serve(folder: Path, **settings: Any) -> Served:
     return Served(
         [_table(result.prompt_logprobs) for result in results],
         [list(result.outputs[0].token_ids) for result in results],
+        [list(result.outputs[0].token_ids) for result in again],
         blocks,
     )
 
@@ -94,4 +99,4 @@ def run_in_transformers(model: hf.PreTrainedModel, plan: Plan) -> Served:
 
 if __name__ == "__main__":
     served = serve(Path(sys.argv[1]), **json.loads(sys.argv[3]))
-    torch.save({"logprobs": served.logprobs, "tokens": served.tokens}, sys.argv[2])
+    torch.save(asdict(served), sys.argv[2])

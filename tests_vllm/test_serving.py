@@ -31,7 +31,7 @@ CASES = {
 def assert_same(served: Served, expected: Served) -> None:
     for found, wanted in zip(served.logprobs, expected.logprobs, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=LOGPROB_TOLERANCE)
-    assert served.tokens == expected.tokens
+    assert served.tokens == served.again == expected.tokens
 
 
 @pytest.fixture(scope="module")
