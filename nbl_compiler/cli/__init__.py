@@ -11,6 +11,7 @@ from nbl_compiler.cli.job import own_rank, processes, refuse_job
 from nbl_compiler.cli.judge_plans import evaluate, explain
 from nbl_compiler.cli.make_plans import calibrate, plan_for_budget, refit
 from nbl_compiler.cli.run_models import demo, generate, minify
+from nbl_compiler.cli.serve_models import export
 from nbl_compiler.errors import NBLError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command("eval")(evaluate)
 app.add_typer(bench_app, name="bench")
 app.command("generate")(generate)
 app.command("demo")(demo)
+app.command("export")(export)
 app.command("minify")(minify)
 
 

@@ -205,17 +205,23 @@ def _check(
                 f"the plan folds {site.name} with {name} {site.details.get(name)!r}, the model has "
                 f"{found!r}; calibrate this model"
             )
-    width_in, width_out, kept = like.shape[-1], target.shape[-1], int(site.details["kept"])
+    check_folded_shapes(site, like.shape[-1], target.shape[-1])
+
+
+def check_folded_shapes(site: Site, width_in: int, width_out: int) -> None:
+    """Raise ``PlanMismatchError`` if a folded FFN's tensors do not fit what its details say."""
+    details = site.details
+    neurons, kept = int(details["neurons"]), int(details["kept"])
     wanted: dict[str, tuple[object, ...]] = {"bias": (width_out,)}
-    if kept < weights.neurons:
+    if kept < neurons:
         wanted["weight"] = (width_out, width_in)
     if kept:
         wanted["kept"] = (kept,)
-        if site.details["form"] == "keep+fold":
+        if details["form"] == "keep+fold":
             wanted["down"] = (width_out, kept)
-    if site.details["form"] == "guarded":
-        names = ["up_slope", "intercept", *(["gate_slope"] if weights.gated else [])]
-        if site.details["guard"] == "exact":
+    if details["form"] == "guarded":
+        names = ["up_slope", "intercept", *(["gate_slope"] if details["gated"] else [])]
+        if details["guard"] == "exact":
             names += ["low", "high"]
-        wanted |= dict.fromkeys(names, (weights.neurons - kept,))
+        wanted |= dict.fromkeys(names, (neurons - kept,))
     check_shapes(site, wanted)
