@@ -164,12 +164,14 @@ def test_what_computes_something_else_is_not_timed() -> None:
 
 
 def test_calibrations_growth() -> None:
-    row = growth.calibration(growth.Calibration(128, 1024, rounds=1))
-    assert row["tokens"] == 1024
-    assert row["bytes"]["published"] > 0
-    again = growth.calibration(growth.Calibration(128, 2048, rounds=1))
-    assert again["bytes"]["here"] == row["bytes"]["here"]  # moments do not grow with the tokens
-    assert again["bytes"]["published"] == 2 * row["bytes"]["published"]
+    """One batch against four: of the published way's memory all but the weights of a layer grows."""
+    one, two = (
+        growth.calibration(growth.Calibration(128, tokens, rounds=1)) for tokens in (2048, 8192)
+    )
+    assert (one["tokens"], two["tokens"]) == (2048, 8192)
+    assert two["bytes"]["moments"] == one["bytes"]["moments"]
+    assert two["bytes"]["here"] < 1.3 * one["bytes"]["here"]
+    assert two["bytes"]["published"] > 2 * one["bytes"]["published"]
 
 
 def test_guards_always_replace_more() -> None:
