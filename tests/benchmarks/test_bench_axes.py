@@ -164,7 +164,7 @@ def test_what_computes_something_else_is_not_timed() -> None:
 
 
 def test_calibrations_growth() -> None:
-    """One batch against four: of the published way's memory all but the weights of a layer grows."""
+    """One batch against four: what the published way holds grows with the tokens."""
     one, two = (
         growth.calibration(growth.Calibration(128, tokens, rounds=1)) for tokens in (2048, 8192)
     )
