@@ -72,6 +72,7 @@ class Contender:
         compiled: Whether it is compiled at all.
         least: Where speed is measured, it replaces at least this fraction: a guard that puts half
             of the neurons right on each token reads more than the dense FFN.
+        picks: Whether it picks neurons by comparing predictions.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Contender:
     random: Callable[[nn.Module, float], Made] | None = None
     compiled: bool = True
     least: float = 0.0
+    picks: bool = False
 
     def made(self, subject: Subject, fraction: float) -> Made:
         """Return the contender for a subject, made once; with the seconds that took.
@@ -238,10 +240,10 @@ CONTENDERS = {
             lambda s, f: Made(s.model, tardis(s.model, s.batches, f)),
         ),
         Contender("keep+fold", "ffn", HERE, _keep_and_fold, _keep_and_fold_random),
-        Contender("guarded", "ffn", HERE, _guarded(), _guarded_random(), least=0.8),
+        Contender("guarded", "ffn", HERE, _guarded(), _guarded_random(), least=0.8, picks=True),
         Contender(
             "guarded, predicted values", "ffn", HERE, _guarded(values="predicted"),
-            _guarded_random(values="predicted"), least=0.8,
+            _guarded_random(values="predicted"), least=0.8, picks=True,
         ),
         Contender(
             "int8", "weights", PACKAGE, lambda s, _: Made(int8(s.model)),

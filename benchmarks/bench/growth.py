@@ -6,14 +6,13 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from calibration_cost import build as build_width
 from peers.stored_statistics import stored_statistics
-from torch import Tensor, nn
 
 from bench.contenders import CONTENDERS
+from bench.footprint import peak_allocated
 from bench.ratios import Ratio, of_rounds
 from bench.results import Row
 from bench.shapes import build
@@ -49,7 +48,7 @@ class Calibration:
 
 
 def calibration(point: Calibration) -> Row:
-    """Return seconds and memory of attention's statistics, here and the published way.
+    """Return seconds and peak memory of attention's statistics, here and the published way.
 
     ``forward`` is the body of the model alone, uncompiled: what no calibration can do without.
     """
@@ -67,17 +66,16 @@ def calibration(point: Calibration) -> Row:
     def here() -> None:
         found = observe_model(model, batches, Config(), progress=False, solve=False)
         sites = found.observation.sites.values()
-        held["here"] = sum(site.train.nbytes + site.holdout.nbytes for site in sites)
+        held["moments"] = sum(site.train.nbytes + site.holdout.nbytes for site in sites)
 
     def published() -> None:
         stored_statistics(model, batches)
-        held["published"] = _stored_bytes(model, ids)
 
     calls: dict[str, Callable[[], object]] = {
         "forward": forward, "here": here, "published": published
     }  # fmt: skip
-    for call in calls.values():  # warm; the observing graph is traced anew in every run
-        call()
+    for name, call in calls.items():  # warm; the observing graph is traced anew in every run
+        held[name] = peak_allocated(call)
     timings = interleaved(calls, point.rounds)
     gc.collect()
     beyond = [_beyond(timings[name], timings["forward"]) for name in ("here", "published")]
@@ -121,11 +119,3 @@ def _over(timings: dict[str, Timing]) -> Ratio:
 def _beyond(timing: Timing, forward: Timing) -> float:
     """Return the median seconds beyond the forward pass of the same round."""
     return statistics.median(a - b for a, b in zip(timing.runs, forward.runs, strict=True))
-
-
-def _stored_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Return what the published way holds at once: the stream, and X and Y twice (float64 too)."""
-    config: Any = model.config
-    size = next(model.parameters()).element_size()
-    stream = ids.numel() * config.hidden_size
-    return int(2 * stream * size + 2 * stream * (size + 8))

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions that the figures depend on."""
-    return {
+    known = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "nbl_compiler": nbl_compiler.__version__,
     }
+    # A contender comes from it, where it is installed.
+    return known | ({"torchao": version("torchao")} if find_spec("torchao") else {})
 
 
 def revision() -> str:

@@ -151,13 +151,14 @@ def growth(rows: Iterable[Row]) -> str:
                                                                       "published")
             ),
             f"{value(row, 'over published way'):.2f}×", _megabytes(row["bytes"]["here"]),
+            _megabytes(row["bytes"]["moments"]),
             _megabytes(row["bytes"]["published"]),
         )
         for row in calibrated
     ]  # fmt: skip
     head = (
         "hidden size", "tokens", "forward pass alone, s", "here, s", "published way, s",
-        "faster by", "held here, MB", "held the published way, MB",
+        "faster by", "peak here, MB", "of it moments, MB", "peak the published way, MB",
     )  # fmt: skip
     parts = [markdown(head, lines, left=0)] if lines else []
     compiled = [row for row in measured if row["what"] == "compilation"]
