@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import call
 
-from nbl_compiler import cli
 from nbl_compiler.bench_compare import Ratio, compare, verdict
 from nbl_compiler.errors import ConfigError
 
@@ -124,30 +123,23 @@ def test_no_json(files) -> None:
         compare(first, second)
 
 
-def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["nbl", "bench", "compare", *map(str, words)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 def test_the_command(monkeypatch, capsys, files, tmp_path) -> None:
     def worse(it) -> None:
         it["rows"][POINT]["ratios"]["speed-up"] = ratio(1.5, 0.1)
 
-    assert run(monkeypatch, capsys, *files())[0] == 0
-    status, out, _ = run(monkeypatch, capsys, *files(worse))
+    assert call(monkeypatch, capsys, "bench", "compare", *files())[0] == 0
+    status, out, _ = call(monkeypatch, capsys, "bench", "compare", *files(worse))
     assert status == 1
     assert "1 worse" in out
     assert "-25.0%" in out
-    status, out, _ = run(monkeypatch, capsys, *files(worse), "--json")
+    status, out, _ = call(monkeypatch, capsys, "bench", "compare", *files(worse), "--json")
     assert status == 1
     assert [c["verdict"] for c in json.loads(out)["changes"]] == ["worse", "same"]
-    assert run(monkeypatch, capsys, *files(worse), "--tolerance", "30%")[0] == 0
-    status, _, err = run(monkeypatch, capsys, tmp_path / "a.json", tmp_path / "none.json")
+    assert (
+        call(monkeypatch, capsys, "bench", "compare", *files(worse), "--tolerance", "30%")[0] == 0
+    )
+    status, _, err = call(
+        monkeypatch, capsys, "bench", "compare", tmp_path / "a.json", tmp_path / "none.json"
+    )
     assert status == 1
     assert "none.json" in err

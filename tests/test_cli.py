@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.command_line import call
 from helpers.saved_model import save_tiny_llama
 
-from nbl_compiler import Plan, cli
+from nbl_compiler import Plan
 from nbl_compiler.text import PYTHON_DOCS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
-) -> tuple[int, str, str]:
-    """Run ``nbl …``; return (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["nbl", *map(str, words)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def make_plan(monkeypatch, capsys, folder: Path, path: Path, *more: object) -> dict:
