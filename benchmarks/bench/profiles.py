@@ -48,15 +48,16 @@ _GEMMA, _QWEN, _LLAMA = "gemma-3-270m", "qwen2.5-0.5b-shape", "llama-3.2-1b-shap
 SHORT = Profile(
     quality={
         _GEMMA: [
-            (("attention dropped", "NBL, published", "NBL"), (0.25,)),
+            (("attention dropped", "NBL, published", "value taps"), (0.25,)),
             (("Wanda", "FLAP", "TEAL", "keep+fold"), (0.5,)),
+            (("guarded",), (0.8,)),
         ]
     },
     embeddings=[(("keep+fold", "TARDIS, published"), (0.8,))],
     speed={
         _QWEN: [Point("decode", 2048, repeats=5), Point("prefill", 512, repeats=3)],
     },
-    timed=(DENSE, "attention dropped", "NBL", "keep+fold"),
+    timed=(DENSE, "attention dropped", "value taps", "keep+fold", "guarded"),
     calibration=[Calibration(640, 6_144, rounds=1)],
     eval_tokens=1_024,
 )
