@@ -59,7 +59,7 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a ``config.json`` of this type leaves out."""
     from transformers import CONFIG_MAPPING
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"this transformers knows no models of the type {kind!r}; update it")
     return dict(CONFIG_MAPPING[kind]().to_dict())
