@@ -132,6 +132,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     words = [sys.executable, __file__, *sys.argv[1:], "--engine", str(folder)]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": str(args.kv_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound threads leave one core idle
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's own time, without messages
         "VLLM_LOGGING_LEVEL": "ERROR",
     }

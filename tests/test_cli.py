@@ -177,3 +177,18 @@ def test_every_command_has_help(monkeypatch, capsys):
         assert status == 0
         assert "Usage" in out
         assert PYTHON_DOCS in out or command not in ("calibrate", "plan", "refit", "eval")
+
+
+def test_export_writes_a_folder_for_vllm(monkeypatch, capsys, folder, tmp_path):
+    path, out = tmp_path / "plan.safetensors", tmp_path / "served"
+    make_plan(monkeypatch, capsys, folder, path, "--count", 1)
+    status, printed, err = call(monkeypatch, capsys, "export", folder, path, out, "--json")
+    assert status == 0, err
+    report = json.loads(printed)
+    assert report["digest"] == Plan.load(path).digest
+    assert report["architecture"] == "NBLLlamaForCausalLM"
+    assert (out / "tokenizer.json").is_file()
+    status, _, err = call(monkeypatch, capsys, "export", folder, path, out)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "exists already" in err

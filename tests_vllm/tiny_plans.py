@@ -33,6 +33,8 @@ def make_model(family: str, **changes: object) -> hf.PreTrainedModel:
     }  # fmt: skip
     if family.startswith(("Qwen3", "Gemma")):
         options["head_dim"] = HEAD
+    if family == "Llama":
+        options |= {"attention_bias": True, "mlp_bias": True}
     config = getattr(hf, f"{family}Config")(**options)
     # The fused attention of transformers leaves Gemma 2's soft cap out.
     config._attn_implementation = "eager" if family == "Gemma2" else "sdpa"

@@ -37,7 +37,8 @@ def find_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(found, ignore_patterns=["*.bin", "*.pth", "consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{model!r} is neither a folder nor a hub id: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{model!r} is neither a folder nor a hub id: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

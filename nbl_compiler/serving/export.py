@@ -166,6 +166,7 @@ def _write_read_weights(file: Path, target: Path, plan: Plan) -> None:
     left = {name: weight.contiguous() for name, weight in read.items() if weight is not None}
     if left:
         safetensors.torch.save_file(left, target, metadata={"format": "pt"})
+        os.chmod(target, 0o666 & ~_umask())  # safetensors lets nobody else read it
 
 
 def _umask() -> int:

@@ -25,6 +25,7 @@ def check_servable(config: Mapping[str, Any], plan: Plan) -> None:
         PlanMismatchError: if a site is not one of this model.
     """
     _check_model(config)
+    config = {**_defaults(config), **config}
     for site in plan.rewritten:
         _check_place(site, config)
         (_check_attention if site.kind == "attention" else _check_ffn)(site, config)
@@ -52,6 +53,16 @@ def _check_model(config: Mapping[str, Any]) -> None:
             f"the last {config['num_kv_shared_layers']} layers of this model read the keys and "
             "values of earlier ones, which a linearized layer does not have"
         )
+
+
+def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a ``config.json`` of this type leaves out."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"this transformers knows no models of the type {kind!r}; update it")
+    return dict(CONFIG_MAPPING[kind]().to_dict())
 
 
 def _check_place(site: Site, config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ import nbl_compiler as nbl
 from nbl_compiler.errors import ConfigError, PlanMismatchError
 from nbl_compiler.serving.export import export
 from nbl_compiler.serving.plan_weights import PlanWeights
+from nbl_compiler.serving.refusals import check_servable
 
 LAYERS = 4
 KEPT = 12
@@ -166,6 +167,7 @@ def changed(saved: Path, folder: Path, **settings: object) -> Path:
             "GPT2LMHeadModel are not served; LlamaForCausalLM",
         ),
         ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"model_type": "llama9"}, "no models of the type 'llama9'"),
         ({"num_kv_shared_layers": 2}, "last 2 layers of this model read the keys"),
         ({"nbl": {}}, "was exported already"),
         ({"num_hidden_layers": 1}, r"site 'model.layers.1.self_attn' is no attention .* 1 layers"),
@@ -180,6 +182,17 @@ def test_models_that_are_refused(
     with pytest.raises((ConfigError, PlanMismatchError), match=reason):
         export(folder, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_may_leave_defaults_out(
+    saved: Path, plan: nbl.Plan, tmp_path: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    del config["num_hidden_layers"]
+    check_servable(config, plan)
+    del config["intermediate_size"]
+    with pytest.raises(PlanMismatchError, match="no gated FFN of 11008 neurons"):
+        check_servable(config, plan)
 
 
 def test_plans_that_are_refused(model: nn.Module, saved: Path, tmp_path: Path) -> None:
