@@ -95,8 +95,7 @@ bench-monitor: $(STAMP)  ## What nbl.monitor adds to the time of a decoded token
 
 bench-vllm: $(VLLM_STAMP)  ## Stock vLLM against plans: throughput, KV capacity (Qwen2.5-0.5B's shape, Gemma-3-270M)
 	$(VLLM_BIN)/pip install --quiet --constraint constraints-vllm.txt --editable ".[demo]"
-	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --count 12
-	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --count 0 --ffn 24
+	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --count 12 --ffn 24
 	$(VLLM_BIN)/python benchmarks/vllm_throughput.py --shape gemma-3-270m --count 4
 
 clean:  ## Remove the virtual environment and caches

@@ -1,6 +1,6 @@
 """vLLM serving a plan against stock vLLM: offline throughput, and tokens that the KV cache holds.
 
-    python benchmarks/vllm_throughput.py --shape qwen2.5-0.5b --count 12
+    python benchmarks/vllm_throughput.py --shape qwen2.5-0.5b --count 12 --ffn 24
     python benchmarks/vllm_throughput.py --shape gemma-3-270m --count 4
 
 Random maps stand for calibrated ones, and random weights in a published shape for the model's own:
@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ffn", type=int, default=0, help="FFNs to fold")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--batch", default="1,8,32")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate for each")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
