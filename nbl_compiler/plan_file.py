@@ -57,13 +57,18 @@ def write_atomically(path: str | PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        os.chmod(name, 0o666 & ~own_umask())
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def own_umask() -> int:
+    """Return the process's umask, for files that were made with tighter modes than usual."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def load_plan(path: str | PathLike[str]) -> Plan:

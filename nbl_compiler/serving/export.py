@@ -23,6 +23,7 @@ from typing import Any
 import safetensors.torch
 
 from nbl_compiler.errors import ConfigError
+from nbl_compiler.plan_file import own_umask
 from nbl_compiler.plans import Plan
 from nbl_compiler.serving.checkpoint import (
     check_checkpoint,
@@ -106,7 +107,7 @@ def export(
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         result = _fill(scratch, target, source, files, config, plan, strip=strip, copy=copy)
-        os.chmod(scratch, 0o777 & ~_umask())
+        os.chmod(scratch, 0o777 & ~own_umask())
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -166,10 +167,4 @@ def _write_read_weights(file: Path, target: Path, plan: Plan) -> None:
     left = {name: weight.contiguous() for name, weight in read.items() if weight is not None}
     if left:
         safetensors.torch.save_file(left, target, metadata={"format": "pt"})
-        os.chmod(target, 0o666 & ~_umask())  # safetensors lets nobody else read it
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+        os.chmod(target, 0o666 & ~own_umask())  # safetensors lets nobody else read it
