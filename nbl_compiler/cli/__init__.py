@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -41,11 +42,17 @@ app.command("export")(export)
 app.command("minify")(minify)
 
 
+# transformers imports torchao where it is installed, which warns of kernels for other machines.
+_NOISY = ("torchao", "torch.utils._pytree")
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one line on stderr and status 1.
 
     In a job that is one line, too, if all processes know which one failed.
     """
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (NBLError, FileNotFoundError) as error:
