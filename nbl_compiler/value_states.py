@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DECAY = 0.8
 """Of the decaying average: position t − j has weight DECAY^j. Slower and faster ones gave larger
-errors beside one tap and the mean (``docs/measurements.md``)."""
+errors beside one tap and the mean (``benchmarks/value_states.py``)."""
 
 
 @dataclass(frozen=True)
