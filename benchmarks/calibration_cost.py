@@ -23,12 +23,12 @@ from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import Config
 
 
-def build(width: int) -> LlamaForCausalLM:
-    """Return a Llama of 6 layers with the usual proportions."""
+def build(width: int, layers: int = 6) -> LlamaForCausalLM:
+    """Return a Llama with the usual proportions."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=width, intermediate_size=width * 8 // 3,
-        num_hidden_layers=6, num_attention_heads=width // 64, num_key_value_heads=width // 128,
+        num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 128,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from nbl_compiler import speed
-from nbl_compiler.cost import measure_machine
+from nbl_compiler.machine import Probe
 from nbl_compiler.plans import Plan
 from nbl_compiler.speed_table import as_rows, speed_table
 
@@ -70,16 +70,16 @@ def main() -> None:
     args = parser.parse_args()
     model = build("qwen2.5-0.5b-shape")
     plan = random_plan(model, args.count, args.ffn, args.keep)
-    machine = measure_machine(width=QWEN_05B["hidden_size"])
     with speed.measuring():
+        rates = Probe(QWEN_05B["hidden_size"])
         pair = speed.contenders(model, plan)
         check(model, plan, pair)
         size = QWEN_05B["vocab_size"]
         rows = []
         for context in (int(n) for n in args.decode.split(",") if n):
-            rows.append(speed.decode(pair, size, context, machine, args.repeats))
+            rows.append(speed.decode(pair, size, context, rates, args.repeats))
         for length in (int(n) for n in args.prefill.split(",") if n):
-            rows.append(speed.prefill(pair, size, length, machine, max(args.repeats // 2, 1)))
+            rows.append(speed.prefill(pair, size, length, rates, max(args.repeats // 2, 1)))
         seconds = [c.compile_seconds for c in pair]
     if args.json:
         print(json.dumps({"rows": as_rows(rows), "compile_seconds": seconds}, indent=2))

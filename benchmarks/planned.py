@@ -18,7 +18,7 @@ from rich.table import Table
 
 import nbl_compiler as nbl
 from nbl_compiler import speed
-from nbl_compiler.cost import measure_machine
+from nbl_compiler.machine import Probe
 from nbl_compiler.models import hidden_size
 from nbl_compiler.plans import Plan
 
@@ -55,11 +55,11 @@ def main() -> None:
             within = max(within, number)
     table = Table("plan", "context", "dense ms", "nbl ms", "speed-up", "predicted", "spread")
     with speed.measuring():
-        machine = measure_machine(width=hidden_size(model))
+        rates = Probe(hidden_size(model))
         for number in sorted({front.chosen, within}):
             pair = speed.contenders(model, front.plan_at(number))
             for context in (int(n) for n in args.decode.split(",") if n):
-                row = speed.decode(pair, len(subject.tokenizer), context, machine, args.repeats)
+                row = speed.decode(pair, len(subject.tokenizer), context, rates, args.repeats)
                 table.add_row(
                     str(number), str(context),
                     f"{1e3 * row.dense.median:.1f}", f"{1e3 * row.nbl.median:.1f}",

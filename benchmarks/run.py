@@ -27,8 +27,8 @@ from peers.does_not_apply import DoesNotApply
 from rich.console import Console
 
 from nbl_compiler import speed
-from nbl_compiler.cost import Machine, measure_machine
 from nbl_compiler.errors import NBLError
+from nbl_compiler.machine import Probe, Rates
 from nbl_compiler.models import MINILM, hidden_size
 
 PARTS = ("quality", "embeddings", "speed", "growth")
@@ -155,13 +155,12 @@ def _speed(
     timed: Sequence[str],
     load: Callable[[str, str], Subject],
 ) -> None:
-    """Measure points; a machine's rates are taken once a dtype."""
-    rates: dict[str, Machine] = {}
+    """Measure points; the machine's rates are probed in the rounds of each."""
+    rates: dict[str, Rates] = {}
 
-    def rates_of(subject: Subject, dtype: str) -> Machine:
+    def rates_of(subject: Subject, dtype: str) -> Rates:
         if dtype not in rates:
-            kind, width = getattr(torch, dtype), hidden_size(subject.model)
-            rates[dtype] = measure_machine(width=width, dtype=kind)
+            rates[dtype] = Probe(hidden_size(subject.model), dtype=getattr(torch, dtype))
         return rates[dtype]
 
     who = [CONTENDERS[name] for name in timed]
@@ -180,23 +179,23 @@ def _speed(
 
 
 def _point(
-    point: speed_points.Point, subject: Subject, who: Sequence[Contender], machine: Machine
+    point: speed_points.Point, subject: Subject, who: Sequence[Contender], rates: Rates
 ) -> dict[str, Row]:
     with speed.measuring():
-        rows = speed_points.measure(point, subject, who, machine)
+        rows = speed_points.measure(point, subject, who, rates)
     return {name: _stamped(row) for name, row in rows.items()}
 
 
 def _growth(results: Results, profile: Profile) -> None:
     for point in profile.calibration:
         _log(_once(results, point.name, lambda p=point: growth.calibration(p)))
-    rates: list[Machine] = []
+    rates: list[Rates] = []
     for shape, counts in profile.layers.items():
         for layers in counts:
 
             def make(shape: str = shape, layers: int = layers) -> Row:
                 if not rates:
-                    rates.append(measure_machine())
+                    rates.append(Probe())
                 with speed.measuring():
                     return growth.compilation(shape, layers, 512, rates[0])
 

@@ -8,7 +8,7 @@ It predicts *ratios* between two graphs on one machine, which is what a rewrite 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -191,38 +191,3 @@ def _int(size: object) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.hint or 1)
     return int(size)  # type: ignore[call-overload,no-any-return]
-
-
-_PROBE_NUMBERS = 2**25
-"""128 MiB in float32: more than any cache."""
-
-
-def measure_machine(
-    repeats: int = 9,
-    width: int = 1024,
-    *,
-    streamed: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Machine:
-    """Measure this machine's rates, of both kinds of linear layers (CPU; takes seconds).
-
-    Args:
-        repeats: Medians of this many runs.
-        width: Columns of the matrix, the model's hidden size: rows of other lengths are read at
-            other rates.
-        streamed: Also measure ``streamed_linear``, which has to be compiled for it.
-        dtype: Of the weights and activations.
-    """
-    from nbl_compiler.timing import median_seconds
-
-    weight = torch.randn(_PROBE_NUMBERS // width, width).to(dtype)
-    vector, block = torch.randn(1, width).to(dtype), torch.randn(256, width).to(dtype)
-    slow = median_seconds(lambda: F.linear(vector, weight), repeats)
-    fast = median_seconds(lambda: F.linear(block, weight), repeats)
-    machine = Machine(weight.nbytes / slow, 2 * weight.numel() * block.shape[0] / fast)
-    if not streamed:
-        return machine
-    compiled = torch.compile(streamed_linear, dynamic=False)
-    compiled(vector, weight)
-    quick = median_seconds(lambda: compiled(vector, weight), repeats)
-    return replace(machine, streamed_bytes_per_second=weight.nbytes / quick)

@@ -12,9 +12,9 @@ from rich.table import Table
 from nbl_compiler import speed
 from nbl_compiler.calibration import calibrate
 from nbl_compiler.config import FFN, Attention, Config
-from nbl_compiler.cost import measure_machine
 from nbl_compiler.evaluation.perplexity import evaluation_rows, perplexity
 from nbl_compiler.generate import greedy
+from nbl_compiler.machine import Probe
 from nbl_compiler.models import hidden_size, load_causal
 from nbl_compiler.plans import Plan
 from nbl_compiler.resident import release, resident_bytes
@@ -75,12 +75,12 @@ def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
     plan = calibrate(model, batches, config, progress=progress)
     rows = evaluation_rows(held_out, tokenizer, tokens=options.eval_tokens)
     vocabulary = model.config.vocab_size
-    machine = measure_machine(width=hidden_size(model))
     with speed.measuring():
+        rates = Probe(hidden_size(model))
         pair = speed.contenders(model, plan)
         dense, nbl = pair
-        measured = [speed.prefill(pair, vocabulary, options.prefill, machine)]
-        measured += [speed.decode(pair, vocabulary, c, machine) for c in options.contexts]
+        measured = [speed.prefill(pair, vocabulary, options.prefill, rates)]
+        measured += [speed.decode(pair, vocabulary, c, rates) for c in options.contexts]
         seconds = (dense.compile_seconds, nbl.compile_seconds)
     # What is predicted does not depend on the lowering; not compiling again spares minutes.
     eager: dict[str, Any] = {"plan": plan, "lowering": "eager"}

@@ -17,10 +17,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from nbl_compiler import registry
-from nbl_compiler.cost import Machine, graph_cost, measure_machine
+from nbl_compiler.cost import Machine, graph_cost
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.html_report.page import save_page
 from nbl_compiler.int8_weights import Quantize
+from nbl_compiler.machine import measure_machine
 from nbl_compiler.passes.lifting import lifted_tensors
 from nbl_compiler.passes.pipeline import build_pipeline, run_pipeline
 from nbl_compiler.passes.private_copy import private_copy

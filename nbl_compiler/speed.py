@@ -1,13 +1,13 @@
 """Speed of a plan against dense Inductor: prefill and decode, same process, interleaved.
 
 Predictions stand beside measurements: the roofline of both graphs (``nbl_compiler.cost``) on rates
-measured on this machine.
+that are measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from nbl_compiler.cost import Machine
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.kv_cache import cache, cache_bytes
+from nbl_compiler.machine import Rates
 from nbl_compiler.plans import Plan
 from nbl_compiler.timing import Timing, interleaved
 
@@ -122,7 +123,7 @@ def prefill(
     pair: tuple[Contender, Contender],
     vocabulary: int,
     length: int,
-    machine: Machine,
+    rates: Rates,
     repeats: int = 3,
 ) -> SpeedRow:
     """Time one prompt of ``length`` tokens, batch 1, logits of the last position only."""
@@ -134,7 +135,7 @@ def prefill(
     for contender in pair:
         calls[contender.name] = prefill_call(contender, ids)
         contender.first_calls(calls[contender.name])
-    times = interleaved(calls, repeats)
+    times, machine = timed_with_rates(calls, rates, repeats)
     return SpeedRow("prefill", length, times["dense"], times["nbl"], _predict(pair[1], machine))
 
 
@@ -152,7 +153,7 @@ def decode(
     pair: tuple[Contender, Contender],
     vocabulary: int,
     context: int,
-    machine: Machine,
+    rates: Rates,
     repeats: int = 5,
     steps: int = 8,
 ) -> SpeedRow:
@@ -170,7 +171,7 @@ def decode(
         calls[contender.name] = decode_call(contender, kv, token, context, steps)
         contender.first_calls(calls[contender.name], count=2)
         sizes.append(cache_bytes(kv))
-    times = interleaved(calls, repeats)
+    times, machine = timed_with_rates(calls, rates, repeats)
     per_token = {k: Timing(tuple(r / steps for r in t.runs)) for k, t in times.items()}
     predicted = _predict(pair[1], machine)
     return SpeedRow(
@@ -225,6 +226,20 @@ def set_length(kv: Any, length: int) -> None:
 
 def _device(pair: tuple[Contender, Contender]) -> torch.device:
     return next(pair[0].forward.parameters()).device  # type: ignore[attr-defined,no-any-return]
+
+
+def timed_with_rates(
+    calls: Mapping[str, Callable[[], object]], rates: Rates, repeats: int
+) -> tuple[dict[str, Timing], Machine]:
+    """Time calls in turn, and the probes with them; return both.
+
+    Args:
+        calls: Name → what to time; compiled and warm.
+        rates: Says what to time beside them.
+        repeats: Rounds.
+    """
+    times = interleaved({**calls, **rates.calls}, repeats)
+    return times, rates.machine({name: times[name].median for name in rates.calls})
 
 
 def _predict(contender: Contender, machine: Machine) -> float:

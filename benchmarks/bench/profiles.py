@@ -58,7 +58,7 @@ SHORT = Profile(
         _QWEN: [Point("decode", 2048, repeats=5), Point("prefill", 512, repeats=3)],
     },
     timed=(DENSE, "attention dropped", "value taps", "keep+fold", "guarded"),
-    calibration=[Calibration(640, 6_144, rounds=1)],
+    calibration=[Calibration(640, 4_096, layers=24, rounds=1)],
     eval_tokens=1_024,
 )
 
@@ -103,6 +103,7 @@ LONG = Profile(
     calibration=[
         *(Calibration(640, tokens) for tokens in (6_144, 24_576, 49_152)),
         *(Calibration(width, 24_576) for width in (256, 1024, 1536)),
+        *(Calibration(640, 4_096, layers) for layers in (12, 24)),
     ],
     layers={_QWEN: (3, 6, 12, 24)},
     tokens=32_768,

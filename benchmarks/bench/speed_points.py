@@ -21,7 +21,8 @@ from nbl_compiler import speed
 from nbl_compiler.cost import Cost, Machine
 from nbl_compiler.errors import NBLError
 from nbl_compiler.kv_cache import cache_bytes
-from nbl_compiler.timing import Timing, interleaved
+from nbl_compiler.machine import Rates
+from nbl_compiler.timing import Timing
 
 DENSE = "dense inductor"
 """What everything is compared with."""
@@ -84,7 +85,7 @@ class _Ready:
 
 
 def measure(
-    point: Point, subject: Subject, contenders: Sequence[Contender], machine: Machine
+    point: Point, subject: Subject, contenders: Sequence[Contender], rates: Rates
 ) -> dict[str, Row]:
     """Compile every contender, check it against its uncompiled self, and time them in turns.
 
@@ -94,7 +95,7 @@ def measure(
         point: What to time.
         subject: The model, in the point's dtype.
         contenders: Who; the dense model by Inductor among them.
-        machine: Its rates in that dtype.
+        rates: Tell the machine's rates in that dtype; probed in turns with the contenders.
 
     Returns:
         Row name → row; of a contender that cannot take part, one that says why.
@@ -124,7 +125,8 @@ def measure(
                 **_who(point, contender),
                 "skipped": str(reason),
             }
-    timings = interleaved({r.contender.name: r.call for r in ready}, point.repeats)
+    calls = {r.contender.name: r.call for r in ready}
+    timings, machine = speed.timed_with_rates(calls, rates, point.repeats)
     dense = next(r for r in ready if r.contender.name == DENSE)
     for one in ready:
         rows[names[one.contender.name]] = {

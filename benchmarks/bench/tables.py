@@ -146,19 +146,22 @@ def growth(rows: Iterable[Row]) -> str:
     calibrated = [row for row in measured if row["what"] == "calibration"]
     lines = [
         (
-            f"{row['width']:,}", f"{row['tokens']:,}", *(
+            f"{row['width']:,}", str(row["layers"]), f"{row['tokens']:,}", *(
                 f"{_median(row[f'{name}_seconds']):.1f}" for name in ("forward", "here",
                                                                       "published")
             ),
-            f"{value(row, 'over published way'):.2f}×", _megabytes(row["bytes"]["here"]),
+            f"{value(row, 'over published way'):.2f}×",
+            f"{row['layers'] * _median(row['one_layer_seconds']):.1f}",
+            f"{value(row, 'over a run a layer'):.1f}×", _megabytes(row["bytes"]["here"]),
             _megabytes(row["bytes"]["moments"]),
             _megabytes(row["bytes"]["published"]),
         )
         for row in calibrated
     ]  # fmt: skip
     head = (
-        "hidden size", "tokens", "forward pass alone, s", "here, s", "published way, s",
-        "faster by", "peak here, MB", "of it moments, MB", "peak the published way, MB",
+        "hidden size", "layers", "tokens", "forward pass alone, s", "here, s", "published way, s",
+        "faster by", "published way, the model run once a layer, s", "faster by",
+        "peak here, MB", "of it moments, MB", "peak the published way, MB",
     )  # fmt: skip
     parts = [markdown(head, lines, left=0)] if lines else []
     compiled = [row for row in measured if row["what"] == "compilation"]

@@ -2,8 +2,13 @@
 
 What the released code of NBL (arXiv 2505.21077) computes for each layer, from the block's input X
 and attention's output Y, in float64: E[X], E[Y], then the centred C_XX, C_YX and C_YY. Activations
-of all tokens are kept in memory until the layer is done; the layer's own output becomes the input
-of the next. Implemented here, to compare calibration's time and memory with.
+of all tokens are kept in memory until the layer is done. Implemented here, to compare calibration's
+time and memory with, in two ways:
+
+- the stream is stored as well, and the layer's own output becomes the input of the next: what the
+  released code does, with a forward pass in all (``stored_statistics``);
+- only the layer's own activations are stored, and the model runs once for each layer
+  (``layer_statistics``): where the stream of all tokens does not fit into memory.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peers.attention_drop import decoder_layers
 
@@ -70,21 +76,45 @@ def stored_statistics(model: nn.Module, batches: Sequence[Tensor]) -> list[Stati
     return made
 
 
+def layer_statistics(model: nn.Module, batches: Sequence[Tensor], index: int) -> Statistics:
+    """Return the statistics of one layer's attention, for which the whole model runs.
+
+    Args:
+        model: As for ``stored_statistics``, as are ``batches``.
+        batches: See there.
+        index: Of the layer.
+    """
+    read: list[Tensor] = []
+    wrote: list[Tensor] = []
+    hook = _keep_rows(decoder_layers(model)[index], read, wrote)
+    with torch.no_grad():
+        for batch in batches:
+            model.base_model(input_ids=batch, use_cache=False)
+    hook.remove()
+    return _two_passes(torch.cat(read), torch.cat(wrote))
+
+
 def _run_layer(
     layer: Any, stream: Sequence[Tensor], given: Sequence[dict[str, Any]]
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return the layer's outputs, and all rows of what attention read and made, [tokens, d]."""
     read: list[Tensor] = []
     wrote: list[Tensor] = []
+    hook = _keep_rows(layer, read, wrote)
+    outputs = [layer(h, **kwargs) for h, kwargs in zip(stream, given, strict=True)]
+    hook.remove()
+    return outputs, torch.cat(read), torch.cat(wrote)
+
+
+def _keep_rows(layer: Any, read: list[Tensor], wrote: list[Tensor]) -> RemovableHandle:
+    """Keep what a layer's attention reads and makes, [tokens, d] a call, until it is removed."""
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         read.append(kwargs["hidden_states"].flatten(0, -2))
         wrote.append(output[0].flatten(0, -2))
 
-    hook = layer.self_attn.register_forward_hook(keep, with_kwargs=True)
-    outputs = [layer(h, **kwargs) for h, kwargs in zip(stream, given, strict=True)]
-    hook.remove()
-    return outputs, torch.cat(read), torch.cat(wrote)
+    hook: RemovableHandle = layer.self_attn.register_forward_hook(keep, with_kwargs=True)
+    return hook
 
 
 def _two_passes(x: Tensor, y: Tensor) -> Statistics:

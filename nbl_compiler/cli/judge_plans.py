@@ -111,17 +111,18 @@ def bench(
 ) -> None:
     """Time prefill and decode against dense Inductor, same run, interleaved."""
     from nbl_compiler import speed
-    from nbl_compiler.cost import measure_machine
+    from nbl_compiler.machine import Probe
     from nbl_compiler.models import hidden_size, load_causal
     from nbl_compiler.plans import Plan
     from nbl_compiler.speed_table import as_rows, speed_table
 
     loaded, _ = load_causal(model, dtype, device)
-    machine, size = measure_machine(width=hidden_size(loaded)), loaded.config.vocab_size
+    size = loaded.config.vocab_size
     with speed.measuring():
+        rates = Probe(hidden_size(loaded))
         pair = speed.contenders(loaded, Plan.load(plan))
-        rows = [speed.prefill(pair, size, n, machine) for n in numbers(prefill)]
-        rows += [speed.decode(pair, size, n, machine) for n in numbers(decode)]
+        rows = [speed.prefill(pair, size, n, rates) for n in numbers(prefill)]
+        rows += [speed.decode(pair, size, n, rates) for n in numbers(decode)]
         seconds = [c.compile_seconds for c in pair]
     if as_json:
         print_json({"rows": as_rows(rows), "compile_seconds": seconds})

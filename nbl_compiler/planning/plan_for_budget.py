@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from nbl_compiler.batches import Batch
 from nbl_compiler.calibration import Calibrated, all_but_last, observe_forms
 from nbl_compiler.config import FFN, Config
-from nbl_compiler.cost import measure_machine
 from nbl_compiler.errors import CalibrationError, ConfigError
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import Trial
+from nbl_compiler.machine import measure_machine
+from nbl_compiler.models import hidden_size
 from nbl_compiler.passes.switches import StandIn, linear_map
 from nbl_compiler.planning.budget import Budget, Space
 from nbl_compiler.planning.costs import StepCost, step_cost
@@ -92,7 +93,7 @@ def plan(
     settings = _settings(found, space)
     if not any(setting.sites for setting in settings):
         raise CalibrationError("no site of this model can be rewritten by any of the settings")
-    machine = measure_machine()
+    machine = measure_machine(width=hidden_size(model))
     dense = step_cost(model, Plan(), budget, machine, measure=measure)
     costs = {
         s.name: step_cost(model, _plan(found, s.sites), budget, machine, measure=measure)

@@ -13,14 +13,14 @@ from bench.random_plans import evenly, guarded_plan, random_plan
 from bench.ratios import of_rounds
 from bench.shapes import TINY, build
 from bench.subjects import Subject, decoder
+from helpers.rates import FixedRates
 from helpers.tiny import tiny
 from peers.magnitude import magnitude
 
 import nbl_compiler as nbl
 from nbl_compiler import speed
-from nbl_compiler.cost import Machine
 
-MACHINE = Machine(1e9, 1e10, 2e9)
+RATES = FixedRates()
 POINT = speed_points.Point("prefill", 16, batch=2, repeats=2)
 
 
@@ -132,7 +132,7 @@ def test_a_point_of_speed() -> None:
     subject = Subject("shape", build("tiny-shape", layers=2))
     names = ("dense eager", speed_points.DENSE, "attention dropped", "int8")
     with speed.measuring():
-        rows = speed_points.measure(POINT, subject, [CONTENDERS[n] for n in names], MACHINE)
+        rows = speed_points.measure(POINT, subject, [CONTENDERS[n] for n in names], RATES)
     assert list(rows) == [POINT.name("shape", CONTENDERS[name]) for name in names]
     eager, dense, dropped, quantized = rows.values()
     assert "torchao" in quantized.get("skipped", "torchao")
@@ -152,7 +152,7 @@ def test_a_point_of_speed() -> None:
 def test_a_point_that_does_not_fit_into_memory_says_so() -> None:
     subject = Subject("shape", build("tiny-shape", layers=2))
     point = speed_points.Point("decode", 2**40)
-    (row,) = speed_points.measure(point, subject, [CONTENDERS["dense inductor"]], MACHINE).values()
+    (row,) = speed_points.measure(point, subject, [CONTENDERS["dense inductor"]], RATES).values()
     assert "caches would take" in row["skipped"]
 
 

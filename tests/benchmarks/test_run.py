@@ -11,9 +11,9 @@ import report
 import run
 from bench.profiles import Profile
 from bench.speed_points import DENSE, Point
+from helpers.rates import FixedRates
 
 from nbl_compiler.bench_compare import FORMAT, compare
-from nbl_compiler.cost import Machine
 
 SMALL = Profile(
     quality={"tiny": [(("FLAP", "TARDIS, published"), (0.5,))]},
@@ -34,7 +34,7 @@ ROWS = [
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bench.json"
     monkeypatch.setitem(run.PROFILES, "tiny", SMALL)
-    monkeypatch.setattr(run, "measure_machine", lambda **_: Machine(1e9, 1e10, 2e9))
+    monkeypatch.setattr(run, "Probe", lambda *_, **__: FixedRates())
     monkeypatch.setattr(sys, "argv", ["run.py", "--profile", "tiny", "--out", str(path)])
     run.main()
     content = json.loads(path.read_text())

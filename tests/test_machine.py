@@ -1,0 +1,43 @@
+"""Rates: what the probes do, and what their seconds say."""
+
+from __future__ import annotations
+
+import torch
+
+from nbl_compiler.machine import BLOCK, COMPUTE, READ, STREAM, Probe, measure_machine
+
+
+def small(monkeypatch, **options) -> Probe:
+    monkeypatch.setattr("nbl_compiler.machine.NUMBERS", 2**14)
+    return Probe(32, **options)
+
+
+def test_rates_are_work_over_seconds(monkeypatch) -> None:
+    probe = small(monkeypatch)
+    numbers = 2**14  # 4 pairs of 64 × 32 and 32 × 64
+    machine = probe.machine({READ: 2.0, COMPUTE: 4.0, STREAM: 1.0})
+    assert machine.bytes_per_second == 4 * numbers / 2
+    assert machine.streamed_bytes_per_second == 4 * numbers
+    assert machine.flops_per_second == 2 * numbers * BLOCK / 4
+
+
+def test_the_streamed_chain_computes_the_same(monkeypatch) -> None:
+    calls = small(monkeypatch).calls
+    torch.testing.assert_close(calls[STREAM](), calls[READ]())
+
+
+def test_a_reset_of_dynamo_leaves_the_probes_compiled(monkeypatch) -> None:
+    call = small(monkeypatch).calls[STREAM]
+    compiled = torch._dynamo.utils.counters["inductor"].total()
+    torch._dynamo.reset()
+    call()
+    assert torch._dynamo.utils.counters["inductor"].total() == compiled
+
+
+def test_without_streaming_nothing_is_compiled(monkeypatch) -> None:
+    monkeypatch.setattr("nbl_compiler.machine.NUMBERS", 2**14)
+    state = torch.get_rng_state()
+    machine = measure_machine(repeats=1, width=32, streamed=False)
+    assert machine.bytes_per_second > 0
+    assert machine.streamed_bytes_per_second == 0
+    assert torch.equal(torch.get_rng_state(), state)
