@@ -55,7 +55,7 @@ format: $(STAMP)  ## Apply the style
 typecheck: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## This package beside its peers, into bench.json: BENCH=long TEXT= EVAL=
+bench: $(STAMP)  ## This package beside its peers, into bench.json: BENCH=sweep or long, TEXT= EVAL=
 	$(BIN)/python benchmarks/run.py --profile $(or $(BENCH),short) --out $(or $(OUT),bench.json) \
 		$(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL))
 

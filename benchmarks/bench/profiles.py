@@ -1,4 +1,4 @@
-"""What a short run and a long run measure."""
+"""What a short run, a sweep over decode, and a long run measure."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Profile:
 
 _GEMMA, _QWEN, _LLAMA = "gemma-3-270m", "qwen2.5-0.5b-shape", "llama-3.2-1b-shape"
 
+_FEW = (DENSE, "attention dropped", "value taps", "keep+fold", "guarded")
+_STEP = Point("decode", 2048, repeats=5)
+
 SHORT = Profile(
     quality={
         _GEMMA: [
@@ -55,12 +58,27 @@ SHORT = Profile(
     },
     embeddings=[(("keep+fold", "TARDIS, published"), (0.8,))],
     speed={
-        _QWEN: [Point("decode", 2048, repeats=5), Point("prefill", 512, repeats=3)],
+        _QWEN: [_STEP, Point("prefill", 512, repeats=3)],
     },
-    timed=(DENSE, "attention dropped", "value taps", "keep+fold", "guarded"),
+    timed=_FEW,
     calibration=[Calibration(640, 4_096, layers=24, rounds=1)],
     eval_tokens=1_024,
 )
+
+
+SWEEP = Profile(
+    quality={},
+    embeddings=[],
+    speed={
+        _QWEN: [
+            *(Point("decode", context) for context in (128, 512)), _STEP, Point("decode", 8192),
+            *(Point("decode", 512, batch) for batch in (4, 16)),
+        ]
+    },
+    timed=_FEW,
+    eval_tokens=1_024,
+)  # fmt: skip
+"""Decode alone, over contexts and batches, by those of the short form: about half an hour."""
 
 
 def _sweep(prompts: Sequence[int]) -> list[Point]:
@@ -136,4 +154,4 @@ TINY = Profile(
 )
 """Runs in minutes, says nothing: to see that everything works."""
 
-PROFILES = {"short": SHORT, "long": LONG, "tiny": TINY}
+PROFILES = {"short": SHORT, "sweep": SWEEP, "long": LONG, "tiny": TINY}
