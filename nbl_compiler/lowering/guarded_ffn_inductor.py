@@ -30,7 +30,8 @@ from nbl_compiler.lowering.guarded_site import (
     overflowing,
     split_rows,
 )
-from nbl_compiler.lowering.predictors import BITS_OF_KIND, Prediction, certified_slack
+from nbl_compiler.lowering.predictors import BITS_OF_KIND, Prediction, certified_slack, predict
+from nbl_compiler.lowering.streamed_codes import code_sums
 from nbl_compiler.lowering.streamed_linear import streamed_product
 
 GATHER_TOKENS = 8
@@ -83,23 +84,14 @@ def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fused_prediction(kind: str, tensors: Sequence[Tensor], x: Tensor) -> Prediction:
-    """:func:`predictors.predict`, plane by plane, so that codes are unpacked in registers."""
+    """:func:`predictors.predict`; for a few tokens codes are unpacked in registers."""
     if kind == "low_rank":
         basis, coefficients, offset = tensors
         return Prediction(product(product(x, basis, None), coefficients, offset), None)
+    if x.shape[0] > GATHER_TOKENS:
+        return predict(kind, tensors, x)
     codes, scale, shift, offset = tensors[:4]
-    bits, width = BITS_OF_KIND[kind], codes.shape[1]
-    planes = 8 // bits
-    padded = F.pad(x, (0, planes * width - x.shape[-1]))
-    few = x.shape[0] <= GATHER_TOKENS
-    total: Tensor | None = None
-    for plane in range(planes):
-        weights = ((codes >> (bits * plane)) & (2**bits - 1)).to(x.dtype)
-        part = padded[:, plane * width : (plane + 1) * width]
-        term = weights[:, None] * part if few else F.linear(part, weights)
-        total = term if total is None else total + term
-    assert total is not None
-    sums = total.sum(-1).t() if few else total
+    sums = code_sums(x, codes, BITS_OF_KIND[kind])
     value = sums * scale + x.sum(-1, keepdim=True) * shift + offset
     return Prediction(value.to(x.dtype), certified_slack(tensors, x))
 

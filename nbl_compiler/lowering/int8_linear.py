@@ -3,8 +3,9 @@
     y = scale ⊙ (x codesᵀ) + b        x [..., d], codes [n, d] int8, scale [n] float32, b [n]
 
 The scale comes behind the sum, so no row has to be multiplied by it. For a few tokens Inductor
-makes one loop of it that reads the codes, converts them in registers and sums in float32: the
-matrix never exists in a wider type. For more, it is converted once a call for a matrix product.
+makes one loop of it that reads the codes, converts them in registers and sums in float32
+(``streamed_codes.py``): the matrix never exists in a wider type. For more, it is converted once a
+call for a matrix product.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbl_compiler.lowering.widened import widened
+from nbl_compiler.lowering.streamed_codes import int8_sums
 
 _STREAM_TOKENS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}
 
@@ -42,8 +43,6 @@ def streamed_int8_linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] > int8_stream_tokens(x.dtype):
         return int8_linear(x, codes, scale, bias)
-    wide = flat if flat.dtype == torch.float32 else widened(flat)
-    # [n, t, d]: a row of codes is read once and stays in cache for all tokens.
-    made = (codes.float()[:, None] * wide).sum(-1).t() * scale
+    made = int8_sums(flat, codes) * scale
     made = made if bias is None else made + bias
     return made.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])

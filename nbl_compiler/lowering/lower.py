@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from nbl_compiler.errors import ConfigError, ToolchainError
 from nbl_compiler.lowering.guarded_ffn_inductor import register_guarded_ffn
-from nbl_compiler.lowering.int8_linear import streamed_int8_linear
 from nbl_compiler.lowering.widened import register_widened
 
 Lowering = Literal["inductor", "aot_eager", "eager"]
@@ -51,8 +50,7 @@ def lower(
         check_cpp_compiler()
     if graph_module.graph.find_nodes(op="call_function", target=torch.ops.nbl.guarded_ffn.default):
         register_guarded_ffn()
-    if graph_module.graph.find_nodes(op="call_function", target=streamed_int8_linear):
-        register_widened()
+    register_widened()
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(inductor_options or {})

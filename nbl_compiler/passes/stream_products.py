@@ -1,6 +1,6 @@
 """Last pass before Inductor on a CPU: linear layers of a few tokens as multiply-and-sum.
 
-    before   y = linear(x, W, b)               x [..., d] of at most 4 tokens, W [n, d]
+    before   y = linear(x, W, b)               x [..., d] of at most 8 tokens (half precision: 4)
     after    y = streamed_linear(x, W, b)      the same, summed in another order
 
     before   y = linear(x, W, b)               W held as int8, at most 16 tokens; or int8_linear
@@ -28,7 +28,7 @@ from nbl_compiler.lowering.int8_linear import (
     int8_stream_tokens,
     streamed_int8_linear,
 )
-from nbl_compiler.lowering.streamed_linear import STREAM_TOKENS, streamed_linear
+from nbl_compiler.lowering.streamed_linear import stream_tokens, streamed_linear
 from nbl_compiler.passes.base import PassReport
 from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.graph_tools import argument, example_value, is_call
@@ -50,7 +50,7 @@ class StreamProducts:
                 node.target = streamed_int8_linear
             elif is_call(node, _LINEAR) and _is_int8(node) and _few(node, int8_stream_tokens):
                 _read_codes(node)
-            elif is_call(node, _LINEAR) and _is_plain(node) and _few(node, lambda _: STREAM_TOKENS):
+            elif is_call(node, _LINEAR) and _is_plain(node) and _few(node, stream_tokens):
                 node.args = _arguments(node)
                 node.kwargs = {}
                 node.target = streamed_linear
