@@ -33,6 +33,7 @@ from nbl_compiler.lowering.guarded_site import (
 from nbl_compiler.lowering.predictors import BITS_OF_KIND, Prediction, certified_slack, predict
 from nbl_compiler.lowering.streamed_codes import code_sums
 from nbl_compiler.lowering.streamed_linear import streamed_product
+from nbl_compiler.lowering.widened import register_widened
 
 GATHER_TOKENS = 8
 """Most tokens that gather rows each for themselves. Measured at d 896 and f 4,864: from 16 tokens
@@ -52,6 +53,7 @@ def register_guarded_ffn() -> None:
     )
     from torch.utils._triton import has_triton
 
+    register_widened()
     op = torch.ops.nbl.guarded_ffn.default
     if op not in decompositions:
         register_decomposition([op])(_decomposition)
@@ -70,15 +72,19 @@ def _decomposition(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tenso
 def traceable(site: GuardedFFN, x: Tensor) -> GuardedOutput:
     """Compute the op on ``x`` [..., d] in operations that Inductor fuses."""
     wide = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-    compute = _gathered if wide.shape[0] <= GATHER_TOKENS else _masked
+    compute = _gathered if _few(wide) else _masked
     output, outliers, dense = compute(site, wide)
     output = output.to(x.dtype).reshape(*x.shape[:-1], site.down.shape[1])
     return GuardedOutput(output, outliers, dense)
 
 
+def _few(x: Tensor) -> bool:
+    return 0 < x.shape[0] <= GATHER_TOKENS
+
+
 def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """x rowsᵀ + bias: [tokens, d] and [n, d] to [tokens, n]."""
-    if x.shape[0] > GATHER_TOKENS:
+    if not _few(x):
         return F.linear(x, rows.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return streamed_product(x, rows, bias)
 
@@ -88,7 +94,7 @@ def fused_prediction(kind: str, tensors: Sequence[Tensor], x: Tensor) -> Predict
     if kind == "low_rank":
         basis, coefficients, offset = tensors
         return Prediction(product(product(x, basis, None), coefficients, offset), None)
-    if x.shape[0] > GATHER_TOKENS:
+    if not _few(x):
         return predict(kind, tensors, x)
     codes, scale, shift, offset = tensors[:4]
     sums = code_sums(x, codes, BITS_OF_KIND[kind])

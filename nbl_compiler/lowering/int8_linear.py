@@ -41,7 +41,7 @@ def streamed_int8_linear(
 ) -> Tensor:
     """The same for a few tokens, as multiply-and-sum in float32."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] > int8_stream_tokens(x.dtype):
+    if not 0 < flat.shape[0] <= int8_stream_tokens(x.dtype):
         return int8_linear(x, codes, scale, bias)
     made = int8_sums(flat, codes) * scale
     made = made if bias is None else made + bias

@@ -64,7 +64,7 @@ def streamed_product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
 def streamed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` for a few tokens: [..., d] and [n, d] to [..., n]."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] > stream_tokens(x.dtype):
+    if not 0 < flat.shape[0] <= stream_tokens(x.dtype):
         return F.linear(x, weight, bias)
     return streamed_product(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
