@@ -62,7 +62,6 @@ SHORT = Profile(
     },
     timed=_FEW,
     calibration=[Calibration(640, 4_096, layers=24, rounds=1)],
-    eval_tokens=1_024,
 )
 
 
@@ -76,7 +75,6 @@ SWEEP = Profile(
         ]
     },
     timed=_FEW,
-    eval_tokens=1_024,
 )  # fmt: skip
 """Decode alone, over contexts and batches, by those of the short form: about half an hour."""
 

@@ -33,8 +33,10 @@ from nbl_compiler.solvers.folding import FFNWeights
 DEFAULT_CAPACITY = 0.05
 _EVERY_NEURON = -1.0  # a threshold that flags all: the capacity alone decides
 
-SLOPE_TOKENS = 8192
-"""Tokens that slopes are fitted on, nine sums a neuron: the map is fitted on all."""
+SLOPE_TOKENS = 4096
+"""Tokens that slopes are fitted on, three numbers a neuron: the map is fitted on all."""
+ERROR_TOKENS = 8192
+"""Tokens that the errors of the result are measured on; the share that is held out is among them."""
 
 
 class RunPass(Protocol):
@@ -78,7 +80,7 @@ def fit_predicted(
     for name, state in states.items():
         state.guarded = _fit_map(state.guarded, targets[name], ridge)
     errors = {n: ErrorStage(s.guarded, s.kept_weights) for n, s in states.items()}
-    run_pass(errors)
+    run_pass(errors, ERROR_TOKENS)
     return [_finish(state, errors[name]) for name, state in states.items()]
 
 
