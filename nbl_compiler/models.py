@@ -167,6 +167,6 @@ def load_causal(
 
 def hidden_size(model: Any) -> int:
     """Return the width of a model's hidden state; 1,024 where its configuration does not say."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "hidden_size", None) or 1024)

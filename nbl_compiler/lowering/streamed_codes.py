@@ -93,7 +93,8 @@ def _sums(parts: Tensor, values: Sequence[Tensor]) -> Tensor:
 
     def sum_of(token: Tensor) -> Tensor:
         first, *others = [value * part for value, part in zip(values, token.unbind(0), strict=True)]
-        return sum(others, first).sum(-1)
+        total: Tensor = sum(others, first)
+        return total.sum(-1)
 
     return token_sums(widened(parts), sum_of)
 
@@ -107,4 +108,5 @@ def _unsigned(words: Tensor, bits: int, shift: int) -> _Field:
 
 def _field(words: Tensor, bits: int, shift: int) -> Tensor:
     mask = (2**bits - 1) << shift
-    return words & (mask if mask < 2**31 else mask - 2**32)
+    masked: Tensor = words & (mask if mask < 2**31 else mask - 2**32)
+    return masked
