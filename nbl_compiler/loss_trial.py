@@ -6,7 +6,7 @@ For a model that predicts no tokens it is the relative squared error of its main
 Σ‖q − p‖² / Σ‖p − p̄‖².
 
 One traced graph serves all trials: at every site a switch passes the dense output on, or that of
-the site's stand-in.
+the site's stand-in. What lies before the first replaced site is computed once (``trial_graph.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nbl_compiler.passes.match_ffn import match_ffn
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.passes.switches import StandIn, insert_switch
 from nbl_compiler.several_processes import ALONE, Share, all_sum
+from nbl_compiler.trial_graph import TrialGraph
 from nbl_compiler.trial_text import MOST_KINDS, Part
 from nbl_compiler.value_states import NO_STATES, States
 
@@ -63,6 +64,8 @@ class Trial:
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
         self._dense: dict[int, Tensor] = {}
+        self._graphs: list[TrialGraph] = []
+        self._part = 0
         self._predicts = True
 
     @property
@@ -106,9 +109,12 @@ class Trial:
     def release(self) -> None:
         """Let go of stand-ins and predictions: Dynamo's cache may outlive this object's use."""
         self._active, self._dense = {}, {}
+        for graph in self._graphs:
+            graph.release()
 
     def _said(self, part: Part) -> Tensor:
         """Return log-probabilities [n, V], or the rows of the main output [n, d]."""
+        self._part = id(part)
         returned = self._forward(**part.inputs)
         logits = getattr(returned, "logits", None)
         self._predicts = isinstance(logits, Tensor)
@@ -123,26 +129,32 @@ class Trial:
         graph_module = private_copy(graph_module)
         Canonicalize()(graph_module)
         with without_collectives(graph_module):
-            self._insert_switches(graph_module)
+            switches = self._insert_switches(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
-        return graph_module.forward
+        graph = TrialGraph(graph_module, switches)
+        self._graphs.append(graph)
+        return lambda *args: graph(args, self._part, self._active)
 
-    def _insert_switches(self, graph_module: GraphModule) -> None:
+    def _insert_switches(self, graph_module: GraphModule) -> dict[str, Node]:
+        """Return site name → its switch."""
+        switches: dict[str, Node] = {}
+
+        def insert(site: str, read: Node, output: Node) -> None:
+            if site in self._sites:
+                switches[site] = insert_switch(
+                    graph_module, read, output, lambda: self._active.get(site)
+                )
+
         # Both are matched before a switch hides one site from the other's matcher.
         attention, ffn = match(graph_module).found, match_ffn(graph_module).found
         for one in attention:
             source = one.residual if self._residual else one.hidden
             read = emit_input(graph_module, one, source, self._states.get(one.site, NO_STATES), {})
-            self._insert_switch(graph_module, one.site, read, one.output)
+            insert(one.site, read, one.output)
         for other in ffn:
-            self._insert_switch(graph_module, other.site, other.hidden, other.output)
-
-    def _insert_switch(
-        self, graph_module: GraphModule, site: str, source: Node, output: Node
-    ) -> None:
-        if site in self._sites:
-            insert_switch(graph_module, source, output, lambda: self._active.get(site))
+            insert(other.site, other.hidden, other.output)
+        return switches
 
 
 def _own_parts(kinds: Sequence[Sequence[Part]], share: Share) -> list[list[Part]]:

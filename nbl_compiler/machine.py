@@ -26,6 +26,8 @@ NUMBERS = 2**25
 """Weights of a probe, 128 MiB in float32: more than any cache."""
 BLOCK = 256
 """Tokens of the probe of arithmetic."""
+LEAST_WIDTH = 512
+"""Narrower ones would take a chain of thousands of layers, and its compilation."""
 _EXPANSION = 2
 
 READ, COMPUTE, STREAM = "probe: read", "probe: compute", "probe: stream"
@@ -47,7 +49,7 @@ class Probe:
     """Calls whose seconds tell a machine's rates (on the CPU; made in seconds).
 
     Args:
-        width: d, the model's hidden size.
+        width: d, the model's hidden size (at least ``LEAST_WIDTH`` is taken).
         streamed: Also probe ``streamed_linear``, which has to be compiled for it (seconds).
         dtype: Of weights and activations.
     """
@@ -59,7 +61,8 @@ class Probe:
     """Name → what to time; warm."""
 
     def __post_init__(self) -> None:
-        d, wide = self.width, _EXPANSION * self.width
+        d = max(self.width, LEAST_WIDTH)
+        wide = _EXPANSION * d
         pairs = max(NUMBERS // (2 * d * wide), 1)
         self._numbers = 2 * d * wide * pairs
         generator = torch.Generator().manual_seed(0)  # a user's own state stays as it is

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from nbl_compiler.machine import BLOCK, COMPUTE, READ, STREAM, Probe, measure_machine
+from nbl_compiler.machine import BLOCK, COMPUTE, LEAST_WIDTH, READ, STREAM, Probe, measure_machine
 
 
 def small(monkeypatch, **options) -> Probe:
     monkeypatch.setattr("nbl_compiler.machine.NUMBERS", 2**14)
+    monkeypatch.setattr("nbl_compiler.machine.LEAST_WIDTH", 32)
     return Probe(32, **options)
+
+
+def test_narrow_models_get_a_short_chain() -> None:
+    """As of the least width: not thousands of layers."""
+    narrow, least = (Probe(width, streamed=False) for width in (8, LEAST_WIDTH))
+    seconds = {READ: 1.0, COMPUTE: 1.0}
+    assert narrow.machine(seconds) == least.machine(seconds)
+    assert narrow.calls[READ]().shape == (1, LEAST_WIDTH)
 
 
 def test_rates_are_work_over_seconds(monkeypatch) -> None:

@@ -36,7 +36,7 @@ _EVERY_NEURON = -1.0  # a threshold that flags all: the capacity alone decides
 SLOPE_TOKENS = 4096
 """Tokens that slopes are fitted on, three numbers a neuron: the map is fitted on all."""
 ERROR_TOKENS = 8192
-"""Tokens that the errors of the result are measured on; the share that is held out is among them."""
+"""Tokens that the errors of the result are measured on, those that are held out among them."""
 
 
 class RunPass(Protocol):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from nbl_compiler.passes.graph_tools import example_value
+
 StandIn = Callable[[Tensor], Tensor]
 """What would replace a site: its input [..., d] → its output [..., o]."""
 
@@ -37,9 +39,13 @@ def insert_switch(
         stand_in: Asked at every call: what stands in now, or None for the dense output.
     """
 
+    dense = example_value(output)
+    assert isinstance(dense, Tensor)
+    dtype = dense.dtype
+
     def switch(x: Tensor, y: Tensor) -> Tensor:
         other = stand_in()
-        return y if other is None else other(x).to(y.dtype)
+        return y if other is None else other(x).to(dtype)
 
     users = list(output.users)
     with graph_module.graph.inserting_after(output):

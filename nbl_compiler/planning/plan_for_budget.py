@@ -33,7 +33,7 @@ from nbl_compiler.trial_text import kinds_of_text
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
 # The front goes on to this many times the budget, so that a user sees what more would cost.
-BEYOND = 3.0
+BEYOND = 2.0
 
 
 @dataclass(frozen=True)
