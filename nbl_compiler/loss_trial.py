@@ -86,6 +86,8 @@ class Trial:
         if not self._dense:
             self._active = {}
             self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
+        if not active:
+            return 0.0
         self._active = active
         sums = torch.zeros(MOST_KINDS, 2, dtype=torch.float64)
         for kind, parts in zip(sums, self._kinds[:kinds], strict=False):

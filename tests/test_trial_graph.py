@@ -63,7 +63,7 @@ def stand_ins(names: list[str]) -> dict[str, StandIn]:
 
 def losses(model: nn.Module) -> dict[tuple[str, ...], float]:
     """Return what one, two or all sites cost, on two kinds of text."""
-    names = [site.name for site in nbl.explain(model, text(2, 24)).sites]
+    names = list(dict.fromkeys(nbl.explain(model, text(2, 24)).matched))
     maps = stand_ins(names)
     trial = Trial(model, names, [[part(0)], [part(1), part(2)]], residual=False)
     sets = [*combinations(names, 1), *combinations(names, 2), tuple(names)]
@@ -85,13 +85,13 @@ def test_same_as_running_everything(make, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TrialGraph, "__call__", whole)
     assert found == losses(make())
     assert len(found) > 20
-    assert min(found.values()) > 0
+    assert max(found.values()) > 0.1
 
 
 def test_only_what_is_needed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last site: its own layer's end and the head. The first site: all but its inside."""
     model = tiny(layers=LAYERS)
-    names = [site.name for site in nbl.explain(model, text(2, 24)).sites]
+    names = list(dict.fromkeys(nbl.explain(model, text(2, 24)).matched))
     maps = stand_ins(names)
     trial = Trial(model, names, [[part(0)]], residual=False)
     torch._dynamo.reset()
@@ -110,8 +110,7 @@ def test_only_what_is_needed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return ran[-1]
 
     with torch.no_grad():
-        calls()
-        everything = calls()
+        everything = calls()  # the dense run
         attention = [name for name in names if name.endswith("self_attn")]
         mlp = [name for name in names if name.endswith("mlp")]
         first, last, all_gone = calls(attention[0]), calls(mlp[-1]), calls(*names)
