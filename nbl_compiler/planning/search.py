@@ -1,9 +1,10 @@
 """The search for the front: greedily, by what a change saves for what it loses.
 
 One state is a choice for each site (or none: dense). From the dense model on, the change that saves
-most per loss is made next, until nothing is left or the caller has seen enough. Estimates from each
-site alone say which few changes are worth trying; the loss of a state is measured, all its changes
-together.
+most per loss is made next, until nothing is left or the caller has seen enough. What each site costs
+alone, or cost when it was last tried, says which few changes are worth trying; the loss of a state
+is measured, all its changes together. Costs mostly grow with what else was changed, so a change
+that does better than the next one promises is taken without trying that one (Minoux 1978).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# How many changes are tried together with those made before, for each that is made.
+# How many changes are tried together with those made before, at most, for each that is made.
 COMPETITORS = 2
 # Smaller differences between measured losses (nats) are noise of the trial text.
 RESOLUTION = 1e-3
@@ -63,13 +64,25 @@ def search(
     """
     state = State({}, 0.0, 0.0)
     states = [state]
+    added: dict[Choice, float] = {}  # what a change cost when it was last tried
     while not enough(state):
         moves = [c for c in choices if c.seconds > _saved(state, c.site)]
         if not moves:
             break
-        moves.sort(key=lambda c: _worth(state, c, _alone(c) - _alone_now(state, c.site)))
-        tried = [_with(state, move, measure) for move in moves[-COMPETITORS:]]
-        state = max(tried, key=lambda new: _rate(new, state))
+        promised = {
+            c: _worth(state, c, max(_alone(c) - _alone_now(state, c.site), added.get(c, 0.0)))
+            for c in moves
+        }
+        best: tuple[float, State] | None = None
+        for move in sorted(moves, key=lambda c: promised[c], reverse=True)[:COMPETITORS]:
+            if best is not None and best[0] >= promised[move]:
+                break
+            new = _with(state, move, measure)
+            added[move], rate = new.loss - state.loss, _rate(new, state)
+            if best is None or rate > best[0]:
+                best = rate, new
+        assert best is not None
+        state = best[1]
         states.append(state)
     return states
 

@@ -64,6 +64,20 @@ def test_what_is_bad_together_is_not_put_together() -> None:
     assert set(states[-1].choices) == {"0", "2"}
 
 
+def test_a_change_that_keeps_its_promise_is_taken_without_trying_the_next() -> None:
+    """One trial a change where losses add up; two where the best one costs more than alone."""
+    choices = choices_of([(1.0, 0.01), (1.0, 0.02), (1.0, 0.04)])
+    tried: list[set[str]] = []
+
+    def measure(chosen: Mapping[str, Choice]) -> float:
+        tried.append(set(chosen))
+        return added(chosen) + (0.03 if {"0", "1"} <= set(chosen) else 0.0)
+
+    states = search(choices, measure, never)
+    assert [set(state.choices) for state in states] == [set(), {"0"}, {"0", "2"}, {"0", "1", "2"}]
+    assert tried == [{"0"}, {"0", "1"}, {"0", "2"}, {"0", "1", "2"}]
+
+
 def test_the_search_ends_where_the_caller_has_seen_enough() -> None:
     choices = choices_of([(1.0, 0.1)] * 5)
     states = search(choices, added, lambda state: state.loss > 0.25)
