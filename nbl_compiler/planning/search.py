@@ -1,10 +1,10 @@
 """The search for the front: greedily, by what a change saves for what it loses.
 
 One state is a choice for each site (or none: dense). From the dense model on, the change that saves
-most per loss is made next, until nothing is left or the caller has seen enough. What each site costs
-alone, or cost when it was last tried, says which few changes are worth trying; the loss of a state
-is measured, all its changes together. Costs mostly grow with what else was changed, so a change
-that does better than the next one promises is taken without trying that one (Minoux 1978).
+most per loss is made next, until nothing is left or the caller has seen enough. What each site
+costs alone, or cost when it was last tried, says which few changes are worth trying; the loss of a
+state is measured, all its changes together. Costs mostly grow with what else was changed, so a
+change that does better than the next one promises is taken without trying that one (Minoux 1978).
 """
 
 from __future__ import annotations
