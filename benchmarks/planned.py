@@ -4,7 +4,8 @@
 
 Prints the front, with the perplexity of each of its plans on text that planning never saw. Then
 decode speed against the dense model compiled by Inductor, interleaved, in the same run: of the plan
-that was chosen, and of the fastest one that stays within the budget on that text too.
+that was chosen, and of the fastest one that stays within the budget on that text too; each alone
+and on int8 weights (``plan_speed.py``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ import time
 from pathlib import Path
 
 from decoder_texts import arguments, load
+from plan_speed import report
 from rich.console import Console
-from rich.table import Table
 
 import nbl_compiler as nbl
-from nbl_compiler import speed
-from nbl_compiler.machine import Probe
-from nbl_compiler.models import hidden_size
 from nbl_compiler.plans import Plan
 
 
@@ -53,20 +51,10 @@ def main() -> None:
         console.print(f"{number:3}  {point.loss:7.2%} on trial text, perplexity {relative:.3f}×")
         if relative <= 1 + args.max_loss:
             within = max(within, number)
-    table = Table("plan", "context", "dense ms", "nbl ms", "speed-up", "predicted", "spread")
-    with speed.measuring():
-        rates = Probe(hidden_size(model))
-        for number in sorted({front.chosen, within}):
-            pair = speed.contenders(model, front.plan_at(number))
-            for context in (int(n) for n in args.decode.split(",") if n):
-                row = speed.decode(pair, len(subject.tokenizer), context, rates, args.repeats)
-                table.add_row(
-                    str(number), str(context),
-                    f"{1e3 * row.dense.median:.1f}", f"{1e3 * row.nbl.median:.1f}",
-                    f"{row.speedup:.2f}×", f"{row.predicted:.2f}×",
-                    f"{max(row.dense.spread, row.nbl.spread):.0%}",
-                )  # fmt: skip
-    console.print(table)
+    contexts = [int(n) for n in args.decode.split(",") if n]
+    for number in sorted({front.chosen, within}):
+        console.print(f"plan {number}")
+        console.print(report(subject, front.plan_at(number), contexts, args.repeats))
 
 
 if __name__ == "__main__":

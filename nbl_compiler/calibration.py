@@ -34,7 +34,7 @@ from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
 from nbl_compiler.several_processes import ALONE, Share, is_first_process
 from nbl_compiler.tensor_parallel import work_of
-from nbl_compiler.text_pass import device_of, observe, observe_again
+from nbl_compiler.text_pass import TracedModel, device_of, observe, observe_again
 from nbl_compiler.text_share import Text, text_of, tokens_of
 from nbl_compiler.trial_text import TRIAL_TOKENS
 
@@ -244,7 +244,8 @@ def observe_forms(
     progress = progress and is_first_process()
     work, again = work_of(model), config.ffn is not None and solve
     text = text_of(batches, work.batches, shared=whole_text, again=again)
-    seen = observe(model, text, config, rows=work.rows, progress=progress)
+    traced = TracedModel(model)
+    seen = observe(traced, text, config, rows=work.rows, progress=progress)
     observation = merge_across_processes(seen)
     _check_tokens(observation)
     sketches = _sketches(model)
@@ -255,7 +256,7 @@ def observe_forms(
     made = []
     for form in forms:
         own = replace(config, ffn=form)
-        passes = _Passes(model, text, own, work.rows, progress)
+        passes = _Passes(traced, text, own, work.rows, progress)
         fits = _fit_ffns(passes, observation, positions) if solve else ()
         made.append(
             Calibrated(
@@ -269,7 +270,7 @@ def observe_forms(
 class _Passes:
     """Further passes over the text, for FFN sites."""
 
-    model: nn.Module
+    model: TracedModel
     text: Text
     config: Config
     rows: Share

@@ -14,7 +14,7 @@ from nbl_compiler.guard_counters import GuardCounts, read
 from nbl_compiler.plans import Plan
 from nbl_compiler.registry import check_weights
 from nbl_compiler.released_weights import refuse_released
-from nbl_compiler.text_pass import observe_again
+from nbl_compiler.text_pass import TracedModel, observe_again
 
 
 def guard_counts(plan: Plan) -> dict[str, GuardCounts]:
@@ -63,7 +63,7 @@ def guard_recall(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, float]
         return stages[site.name]
 
     config = Config(attention=None, ffn=FFN(), holdout=0.0)
-    observe_again(model, [batch], config, begin, progress=False)
+    observe_again(TracedModel(model), [batch], config, begin, progress=False)
     for stage in stages.values():
         stage.merge_across_processes()
     return {name: stage.recall for name, stage in stages.items()}

@@ -1,13 +1,19 @@
-"""Running a model over text with observers in its graphs."""
+"""Running a model over text with observers in its graphs.
+
+Tracing a model takes longer than running it over some hundred tokens, and calibration goes over its
+text several times with other observers. So each graph is traced once and kept as it is; a pass puts
+its observers into a copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import nn
+from torch.fx import GraphModule
 
 from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
 from nbl_compiler.config import Config
@@ -16,6 +22,7 @@ from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.observe import Observation, Observer
+from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.progress import token_bar
 from nbl_compiler.row_openings import RowOpenings
 from nbl_compiler.select import check_selection
@@ -23,8 +30,43 @@ from nbl_compiler.several_processes import ALONE, Share
 from nbl_compiler.text_share import length_of
 
 
+class TracedModel:
+    """A model to run over text, pass after pass.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._observer: Observer | None = None
+        self._run = torch.compile(private_forward(model), backend=self._backend, dynamic=None)
+
+    def __call__(self, observer: Observer, **inputs: Any) -> None:
+        """Run one batch, with observers at the sites."""
+        self._observer = observer
+        try:
+            self._run(**inputs)
+        finally:
+            self._observer = None
+
+    def _backend(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        kept = private_copy(graph_module)  # Dynamo strips its own once it is compiled
+        assert self._observer is not None
+        observed = self._observer, self._observer.backend(kept, inputs)
+
+        def run(*args: Any) -> Any:
+            nonlocal observed
+            assert self._observer is not None
+            if observed[0] is not self._observer:
+                observed = self._observer, self._observer.backend(kept, args)
+            return observed[1](*args)
+
+        return run
+
+
 def observe(
-    model: nn.Module,
+    model: TracedModel,
     batches: Iterable[Batch],
     config: Config,
     *,
@@ -52,7 +94,7 @@ def observe(
 
 
 def observe_again(
-    model: nn.Module,
+    model: TracedModel,
     batches: Iterable[Batch],
     config: Config,
     begin: Callable[[FFNSite], Stage | None],
@@ -75,7 +117,7 @@ def observe_again(
 
 
 def _run(
-    model: nn.Module,
+    model: TracedModel,
     batches: Iterable[Batch],
     observer: Observer,
     title: str,
@@ -96,14 +138,14 @@ def _run(
 
 
 def _run_batches(
-    model: nn.Module,
+    traced: TracedModel,
     batches: Iterable[Batch],
     observer: Observer,
     title: str,
     progress: bool,
     check: Callable[[], None],
 ) -> None:
-    compiled = torch.compile(private_forward(model), backend=observer.backend, dynamic=None)
+    model = traced.model
     cheap = cheap_arguments(model)
     device = device_of(model)
     openings = RowOpenings(model)
@@ -113,7 +155,7 @@ def _run_batches(
             inputs = model_inputs(model, batch, device)
             observer.start_batch(inputs)
             openings.add(inputs)
-            compiled(**{**cheap, **inputs})
+            traced(observer, **{**cheap, **inputs})
             if number == 0:
                 check()  # a wrong request ends here, not after the last batch
             advance(observer.batch_tokens)

@@ -23,6 +23,11 @@ settings.load_profile("nbl")
 transformers.logging.set_verbosity_error()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the real models: one worker runs them all, which no other should wait for."""
+    items.sort(key=lambda item: item.get_closest_marker("pretrained") is None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def collected() -> Iterator[None]:
     """Free what compiling left in reference cycles; over the whole suite that is gigabytes."""

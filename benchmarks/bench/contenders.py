@@ -117,6 +117,11 @@ def _dense(subject: Subject, _: float) -> Made:
     return Made(subject.model)
 
 
+def _no_plan(subject: Subject, _: float) -> Made:
+    """This backend as it is without a plan: exact."""
+    return Made(subject.model, Plan())
+
+
 def _dense_random(model: nn.Module, _: float) -> Made:
     return Made(model)
 
@@ -205,6 +210,7 @@ CONTENDERS = {
     for one in (
         Contender("dense eager", "dense", HERE, _dense, _dense_random, compiled=False),
         Contender("dense inductor", "dense", HERE, _dense, _dense_random),
+        Contender("no plan", "dense", HERE, _no_plan, lambda m, _: Made(m, Plan())),
         Contender(
             "attention dropped", "attention", RECIPE,
             lambda s, f: _dropped(drop(s.model, s.batches, f)), _drop_random,

@@ -6,14 +6,20 @@ activations' dtype.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from peers.does_not_apply import DoesNotApply
 from peers.shared_copy import shared_copy
 
 
-def int8(model: nn.Module) -> nn.Module:
+def int8(model: nn.Module, leave: Collection[str] = ()) -> nn.Module:
     """Return a copy with quantized linear layers.
+
+    Args:
+        model: The original.
+        leave: Modules to leave as they are, with all that is in them.
 
     Raises:
         DoesNotApply: if torchao is not installed.
@@ -22,6 +28,12 @@ def int8(model: nn.Module) -> nn.Module:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as missing:
         raise DoesNotApply(f"torchao is not installed: pip install torchao ({missing})") from None
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(
+            f"{name}.".startswith(f"{other}.") for other in leave
+        )
+
     quantized = shared_copy(model)
-    quantize_(quantized, Int8WeightOnlyConfig())
+    quantize_(quantized, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=chosen)
     return quantized
