@@ -5,7 +5,8 @@
 Inductor has no vectorised conversion of 8-bit integers to float on AVX2, so bytes are read four at
 a time, as 32-bit words, which it converts at full width. A field of a word (one code) is masked
 out, not shifted down: that leaves 2^s times the code, and x is multiplied by 2^−s beforehand, both
-exact.
+exact. The words are loaded as float32, and are int32 from there on: torch's vectors of integers
+load through the stack, in halves, for which every load waits.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def code_sums(x: Tensor, codes: Tensor, bits: int) -> Tensor:
         mask = 2**bits - 1
         parts = [(codes >> (bits * plane) & mask).float() for plane in range(planes)]
         return _sums(by_plane, parts)
-    words = codes.view(torch.int32)
+    words = _words(codes)
     fields = [
         _unsigned(words, bits, 8 * byte + bits * plane)
         for plane in range(planes)
@@ -71,13 +72,18 @@ def int8_sums(x: Tensor, codes: Tensor) -> Tensor:
     by_plane = x.float()[:, None]  # half precision has no 2^−24
     if codes.shape[1] % _WORD or not codes.is_contiguous():
         return _sums(by_plane, [codes.float()])
-    words = codes.view(torch.int32)
+    words = _words(codes)
     raised = words ^ _SIGN_BITS
     fields = [
         _Field((_field(raised, 8, shift) - (128 << shift)).float(), shift) for shift in (0, 8, 16)
     ]
     fields.append(_Field(_field(words, 8, 24).float(), 24))  # the word's sign is the code's
     return _field_sums(by_plane, fields)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Return bytes [n, w] as int32 [n, w / 4], loaded as float32."""
+    return codes.view(torch.float32).view(torch.int32)
 
 
 def _field_sums(by_plane: Tensor, fields: Sequence[_Field]) -> Tensor:
