@@ -30,7 +30,7 @@ demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma
 
 # One worker a core, one thread each: the tests are many small graphs.
 test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 # vLLM's CPU build works with this torch; torchvision, torchaudio and torchcodec, which it asks for,
 # come built for another one and must not be there to be imported.

@@ -139,7 +139,7 @@ def report(
     dense = perplexities[DENSE]
     table = Table("context", "form", "ms", "speed-up", "predicted", "perplexity", "/ dense")
     with speed.measuring():
-        rates = Probe(hidden_size(subject.model))
+        rates = Probe(hidden_size(subject.model), codes=True)
         for context in contexts:
             seconds, predicted, spread = decode(compared, context, rates, repeats)
             for name, taken in seconds.items():

@@ -2,15 +2,16 @@
 
     python benchmarks/planned.py --text calibration.jsonl --eval-text held_out.txt --max-loss 0.1
 
-Prints the front, with the perplexity of each of its plans on text that planning never saw. Then
-decode speed against the dense model compiled by Inductor, interleaved, in the same run: of the plan
-that was chosen, and of the fastest one that stays within the budget on that text too; each alone
-and on int8 weights (``plan_speed.py``).
+Prints the front, and by bisection the perplexity of some of its plans on text that planning never
+saw. Then decode speed against the dense model compiled by Inductor, interleaved, in the same run:
+of the plan that was chosen, and of the fastest one that stays within the budget on that text too;
+each alone and on int8 weights (``plan_speed.py``).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from decoder_texts import arguments, load
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--decode", default="512,4096", help="contexts to measure at")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--save", type=Path, help="keep the plan")
+    parser.add_argument("--save", type=Path, help="keep the plan, and the other one beside it")
     parser.add_argument("--plot", type=Path, help="draw the front")
     args = parser.parse_args()
     subject = load(args)
@@ -45,16 +46,41 @@ def main() -> None:
         front.save_plot(args.plot)
     dense = subject.perplexity(Plan())
     console.print(f"dense perplexity {dense:.2f}")
-    within = front.chosen
-    for number, point in enumerate(front.points):
-        relative = subject.perplexity(front.plan_at(number)) / dense
-        console.print(f"{number:3}  {point.loss:7.2%} on trial text, perplexity {relative:.3f}×")
-        if relative <= 1 + args.max_loss:
-            within = max(within, number)
+
+    def relative(number: int) -> float:
+        value = subject.perplexity(front.plan_at(number)) / dense
+        loss = front.points[number].loss
+        console.print(f"{number:3}  {loss:7.2%} on trial text, perplexity {value:.3f}×")
+        return value
+
+    within = fastest_within(relative, front.chosen, len(front.points), 1 + args.max_loss)
+    if args.save and within is not None:
+        front.plan_at(within).save(args.save.with_stem(f"{args.save.stem}-within"))
     contexts = [int(n) for n in args.decode.split(",") if n]
-    for number in sorted({front.chosen, within}):
+    for number in sorted({front.chosen, within} - {None}):
         console.print(f"plan {number}")
         console.print(report(subject, front.plan_at(number), contexts, args.repeats))
+
+
+def fastest_within(
+    relative: Callable[[int], float], first: int, points: int, limit: float
+) -> int | None:
+    """Return the last point within a limit, by bisection: losses grow along the front.
+
+    Args:
+        relative: Point → what it loses.
+        first: The point to begin at.
+        points: How many there are.
+        limit: What may be lost.
+    """
+    low, high, middle = -1, points, first
+    while high - low > 1:
+        if relative(middle) <= limit:
+            low = middle
+        else:
+            high = middle
+        middle = (low + high) // 2
+    return low if low >= 0 else None
 
 
 if __name__ == "__main__":

@@ -160,7 +160,9 @@ def _speed(
 
     def rates_of(subject: Subject, dtype: str) -> Rates:
         if dtype not in rates:
-            rates[dtype] = Probe(hidden_size(subject.model), dtype=getattr(torch, dtype))
+            rates[dtype] = Probe(
+                hidden_size(subject.model), codes=True, dtype=getattr(torch, dtype)
+            )
         return rates[dtype]
 
     who = [CONTENDERS[name] for name in timed]

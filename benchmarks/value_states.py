@@ -16,6 +16,7 @@ import torch
 from decoder_texts import arguments, load
 from rich.console import Console
 from rich.table import Table
+from ridge_maps import Products, Rows
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -43,8 +44,6 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 # The chosen set once more, its maps of the states limited to a rank (reduced-rank regression).
 CHOSEN, RANKS = "tap 1, decay 0.8, mean", (16, 64, 256)
-BLOCK, HELD_OUT = 128, 8  # every eighth block of 128 tokens is held out
-RIDGES = (1e-4, 1e-3, 3e-3, 1e-2)
 
 
 def main() -> None:
@@ -68,12 +67,12 @@ def main() -> None:
     Console().print(table)
 
 
-Rows = tuple[list[Tensor], list[Tensor], list[Tensor]]
+Seen = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def observed(model: nn.Module, batches: Any, layers: Sequence[int]) -> dict[int, Rows]:
+def observed(model: nn.Module, batches: Any, layers: Sequence[int]) -> dict[int, Seen]:
     """Return layer → batches of (x [B, T, d], v [B, T, n], y [B, T, d_out])."""
-    seen: dict[int, Rows] = {layer: ([], [], []) for layer in layers}
+    seen: dict[int, Seen] = {layer: ([], [], []) for layer in layers}
 
     def record(layer: int) -> Callable[[Tensor, Tensor, Tensor], None]:
         def add(x: Tensor, values: Tensor, y: Tensor) -> None:
@@ -126,23 +125,18 @@ def errors(inputs: list[Tensor], values: list[Tensor], outputs: list[Tensor]) ->
         torch.cat([x, *(state(name, v) for name in names)], -1).flatten(0, 1)
         for x, v in zip(inputs, values, strict=True)
     ]
-    everything, target = torch.cat(rows), torch.cat([y.flatten(0, 1) for y in outputs])
-    held = torch.arange(len(target)) // BLOCK % HELD_OUT == HELD_OUT // 2
-    everything -= everything[~held].mean(0)
-    target = target - target[~held].mean(0)
-    fit, test = _moments(everything, target, ~held), _moments(everything, target, held)
-    total = target[held].double().square().sum()
+    seen = Rows(torch.cat(rows), torch.cat([y.flatten(0, 1) for y in outputs]))
     width, each = inputs[0].shape[-1], values[0].shape[-1]
     result = {}
     for name, parts in SETS.items():
         starts = [width + names.index(part) * each for part in parts]
         columns = [*range(width), *(c for start in starts for c in range(start, start + each))]
-        weights = [_solve(fit, columns, ridge) for ridge in RIDGES]
-        result[name] = min(_error(test, total, columns, weight) for weight in weights)
+        weights = seen.maps(columns)
+        result[name] = min(seen.error(columns, weight) for weight in weights)
         if name == CHOSEN:
             for rank in RANKS:
-                limited = (_limited(fit, columns, weight, width, rank) for weight in weights)
-                result[_ranked(rank)] = min(_error(test, total, columns, w) for w in limited)
+                limited = (_limited(seen.fit, columns, w, width, rank) for w in weights)
+                result[_ranked(rank)] = min(seen.error(columns, w) for w in limited)
     return result
 
 
@@ -150,25 +144,7 @@ def _ranked(rank: int) -> str:
     return f"{CHOSEN}, rank {rank}"
 
 
-def _moments(rows: Tensor, target: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    x, y = rows[chosen], target[chosen]
-    return (x.T @ x).double(), (x.T @ y).double()
-
-
-def _solve(fit: tuple[Tensor, Tensor], columns: list[int], ridge: float) -> Tensor:
-    """Return the map [columns, d_out] of one ridge."""
-    index = torch.tensor(columns)
-    scale = fit[0].diagonal()[index].sqrt().clamp_min(1e-9)
-    gram = fit[0][index][:, index] / scale[:, None] / scale
-    weight = torch.linalg.solve(
-        gram + ridge * torch.eye(len(columns)), fit[1][index] / scale[:, None]
-    )
-    return weight / scale[:, None]
-
-
-def _limited(
-    fit: tuple[Tensor, Tensor], columns: list[int], weight: Tensor, width: int, rank: int
-) -> Tensor:
+def _limited(fit: Products, columns: list[int], weight: Tensor, width: int, rank: int) -> Tensor:
     """Return the map with that of the states, behind the first ``width`` rows, of lower rank.
 
     What the map of x can make up for counts as no loss: the states are taken as far as x does not
@@ -185,12 +161,6 @@ def _limited(
     states = torch.linalg.lstsq(root.T, wanted).solution
     x = weight[:width] + told @ (weight[width:] - states)
     return torch.cat([x, states])
-
-
-def _error(test: tuple[Tensor, Tensor], total: Tensor, columns: list[int], weight: Tensor) -> float:
-    index = torch.tensor(columns)
-    error = total - 2 * (weight * test[1][index]).sum()
-    return float((error + (weight * (test[0][index][:, index] @ weight)).sum()) / total)
 
 
 if __name__ == "__main__":

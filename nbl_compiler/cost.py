@@ -22,6 +22,7 @@ from nbl_compiler.int8_weights import held_tensors, int8_matrix, is_quantized
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
 from nbl_compiler.lowering.int8_linear import int8_linear, streamed_int8_linear
+from nbl_compiler.lowering.predictors import BITS_OF_KIND
 from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.lowering.value_states import carried_states, value_states
 from nbl_compiler.passes.graph_tools import argument, example_value, is_call
@@ -45,12 +46,16 @@ class Work:
         flops: Floating-point operations.
         bytes: Bytes read and written.
         streamed: Whether it runs as ``streamed_linear``, at another bandwidth.
+        codes: Quantized weights that are unpacked in registers.
+        code_bytes: Bytes that hold them, among ``bytes``.
     """
 
     node: str
     flops: int
     bytes: int
     streamed: bool = False
+    codes: int = 0
+    code_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,24 @@ class Machine:
         bytes_per_second: Reading weights in a matrix-vector product.
         flops_per_second: In a large matrix product.
         streamed_bytes_per_second: Reading weights in ``streamed_linear``.
+        codes_per_second: Reading and unpacking quantized weights; 0 if that is not known, and they
+            are taken to be as fast as others of so many bytes.
     """
 
     bytes_per_second: float
     flops_per_second: float
     streamed_bytes_per_second: float = 0.0
+    codes_per_second: float = 0.0
 
     def seconds(self, work: Work) -> float:
         """Return the roofline time of one node."""
         rate = self.bytes_per_second
         if work.streamed and self.streamed_bytes_per_second:
             rate = self.streamed_bytes_per_second
-        return max(work.flops / self.flops_per_second, work.bytes / rate)
+        reading = (work.bytes - work.code_bytes) / rate
+        unpacking = work.codes / self.codes_per_second if self.codes_per_second else 0.0
+        reading += max(work.code_bytes / rate, unpacking)
+        return max(work.flops / self.flops_per_second, reading)
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,10 @@ def _work(node: Node) -> Work | None:
         inner = _int(left.shape[-1]) if isinstance(left, Tensor) else 0
         return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
     if is_call(node, {streamed_linear, int8_linear, streamed_int8_linear}):
+        flops = 2 * _int(out.numel()) * _int(operands[0].shape[-1])
+        codes = _int(operands[1].numel()) if is_call(node, {streamed_int8_linear}) else 0
         streamed = not is_call(node, {int8_linear})
-        return Work(node.name, 2 * _int(out.numel()) * _int(operands[0].shape[-1]),
-                    _traffic(operands, out), streamed)  # fmt: skip
+        return Work(node.name, flops, _traffic(operands, out), streamed, codes, codes)
     if is_call(node, {F.embedding}):
         return Work(node.name, 0, 2 * _bytes(out))
     if is_call(node, (), _COPIES) and _copies(node, operands, out):
@@ -149,7 +161,11 @@ def _guarded_work(node: Node) -> Work:
     per_token = sum(p.numel() for p in parts) + sum(
         (site.selected if few else site.neurons) * _int(w.shape[1]) for w in gathered
     )
-    return Work(node.name, 2 * tokens * int(per_token), read + 2 * _bytes(x), streamed=few)
+    bits = BITS_OF_KIND.get(site.predictor_kind) if few else None
+    packed = _bytes(site.predictor[0]) if bits else 0
+    codes = packed * 8 // bits if bits else 0
+    flops = 2 * tokens * int(per_token)
+    return Work(node.name, flops, read + 2 * _bytes(x), few, codes, packed)
 
 
 def _states_work(node: Node) -> Work:

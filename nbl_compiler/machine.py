@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nbl_compiler.cost import Machine
+from nbl_compiler.lowering.int8_linear import streamed_int8_linear
 from nbl_compiler.lowering.lower import lower
 from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.timing import median_seconds
@@ -30,7 +31,7 @@ LEAST_WIDTH = 512
 """Narrower ones would take a chain of thousands of layers, and its compilation."""
 _EXPANSION = 2
 
-READ, COMPUTE, STREAM = "probe: read", "probe: compute", "probe: stream"
+READ, COMPUTE, STREAM, CODES = "probe: read", "probe: compute", "probe: stream", "probe: codes"
 
 
 class Rates(Protocol):
@@ -51,11 +52,13 @@ class Probe:
     Args:
         width: d, the model's hidden size (at least ``LEAST_WIDTH`` is taken).
         streamed: Also probe ``streamed_linear``, which has to be compiled for it (seconds).
+        codes: Also probe layers of int8 weights, likewise.
         dtype: Of weights and activations.
     """
 
     width: int = 1024
     streamed: bool = True
+    codes: bool = False
     dtype: torch.dtype = torch.float32
     calls: dict[str, Callable[[], object]] = field(init=False, repr=False)
     """Name → what to time; warm."""
@@ -80,8 +83,13 @@ class Probe:
         self.calls = {READ: lambda: plain(token), COMPUTE: lambda: plain(block)}
         with torch.no_grad():
             if self.streamed:
-                stream = _compiled(token, weights)
+                stream = _compiled(streamed_linear, token, weights)
                 self.calls[STREAM] = lambda: stream(token, *weights)
+            if self.codes:
+                codes = [torch.randint(-127, 128, w.shape, generator=generator).to(torch.int8)
+                         for w in weights]  # fmt: skip
+                unpack = _compiled(_int8_layer, token, codes)
+                self.calls[CODES] = lambda: unpack(token, *codes)
             for call in self.calls.values():
                 call()
 
@@ -96,6 +104,7 @@ class Probe:
             read / seconds[READ],
             2 * self._numbers * BLOCK / seconds[COMPUTE],
             read / seconds[STREAM] if self.streamed else 0.0,
+            self._numbers / seconds[CODES] if self.codes else 0.0,
         )
 
 
@@ -104,17 +113,19 @@ def measure_machine(
     width: int = 1024,
     *,
     streamed: bool = True,
+    codes: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Machine:
-    """Measure this machine's rates, of both kinds of linear layers (CPU; takes seconds).
+    """Measure this machine's rates (CPU; takes seconds).
 
     Args:
         repeats: Medians of this many runs.
-        width: As for ``Probe``, as are ``streamed`` and ``dtype``.
+        width: As for ``Probe``, as are ``streamed``, ``codes`` and ``dtype``.
         streamed: See there.
+        codes: See there.
         dtype: See there.
     """
-    probe = Probe(width, streamed, dtype)
+    probe = Probe(width, streamed, codes, dtype)
     with torch.no_grad():
         return probe.machine({n: median_seconds(call, repeats) for n, call in probe.calls.items()})
 
@@ -125,7 +136,14 @@ def _chain(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, *weights: Tens
     return x
 
 
-def _compiled(x: Tensor, weights: list[Tensor]) -> Callable[..., object]:
-    """Return the streamed chain, compiled without Dynamo: its resets do not reach it."""
-    graph_module = make_fx(lambda *given: _chain(streamed_linear, *given))(x, *weights)
+def _int8_layer(x: Tensor, codes: Tensor) -> Tensor:
+    scale = torch.full(codes.shape[:1], 1 / (128 * sqrt(codes.shape[1])))
+    return streamed_int8_linear(x, codes, scale)
+
+
+def _compiled(
+    linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]
+) -> Callable[..., object]:
+    """Return the chain, compiled without Dynamo: its resets do not reach it."""
+    graph_module = make_fx(lambda *given: _chain(linear, *given))(x, *weights)
     return lower(graph_module, [x, *weights])

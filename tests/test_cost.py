@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import nbl_compiler as nbl
-from nbl_compiler.cost import Machine, graph_cost
+from nbl_compiler.cost import Machine, Work, graph_cost
 
 
 def cost_of(module: nn.Module, *args: torch.Tensor):
@@ -80,3 +80,28 @@ def test_a_rewrite_costs_less_than_what_it_replaces():
     assert graph.after.flops < graph.before.flops
     assert graph.after.bytes < graph.before.bytes
     assert len(graph.rewritten) == 2
+
+
+def test_codes_take_the_longer_of_reading_and_unpacking():
+    """A layer of floats beside 50 codes in 25 bytes: the two parts follow each other."""
+    work = Work("guarded", flops=10, bytes=125, streamed=True, codes=50, code_bytes=25)
+    assert Machine(1.0, 1e30, 5.0).seconds(work) == 125 / 5
+    assert Machine(1.0, 1e30, 5.0, codes_per_second=50.0).seconds(work) == 125 / 5
+    assert Machine(1.0, 1e30, 5.0, codes_per_second=5.0).seconds(work) == 100 / 5 + 50 / 5
+
+
+def test_the_codes_of_a_guard_are_counted():
+    from models.architectures import HIDDEN, inputs, make
+
+    model = make("llama")
+    batches = [inputs("llama", 4, 64)["input_ids"]]
+    form = nbl.FFN(layers=(0,), keep=0, guard="predicted", predictor="quantized_4", capacity=0.2)
+    plan = nbl.calibrate(model, batches, nbl.Config(None, form), progress=False)
+    (site,) = plan.rewritten
+    given = {"input_ids": torch.ones(1, 1, dtype=torch.long), "use_cache": False}
+    (graph,) = nbl.explain(model, **given, plan=plan).graphs
+    (work,) = (w for w in graph.after.work if w.codes)
+    rows = 2 * site.details["neurons"]  # of gate and up
+    assert work.codes == rows * HIDDEN
+    assert work.code_bytes == rows * HIDDEN // 2
+    assert work.streamed

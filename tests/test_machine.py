@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from nbl_compiler.machine import BLOCK, COMPUTE, LEAST_WIDTH, READ, STREAM, Probe, measure_machine
+from nbl_compiler.machine import (
+    BLOCK,
+    CODES,
+    COMPUTE,
+    LEAST_WIDTH,
+    READ,
+    STREAM,
+    Probe,
+    measure_machine,
+)
 
 
 def small(monkeypatch, **options) -> Probe:
@@ -22,17 +31,28 @@ def test_narrow_models_get_a_short_chain() -> None:
 
 
 def test_rates_are_work_over_seconds(monkeypatch) -> None:
-    probe = small(monkeypatch)
+    probe = small(monkeypatch, codes=True)
     numbers = 2**14  # 4 pairs of 64 × 32 and 32 × 64
-    machine = probe.machine({READ: 2.0, COMPUTE: 4.0, STREAM: 1.0})
+    machine = probe.machine({READ: 2.0, COMPUTE: 4.0, STREAM: 1.0, CODES: 0.5})
     assert machine.bytes_per_second == 4 * numbers / 2
     assert machine.streamed_bytes_per_second == 4 * numbers
     assert machine.flops_per_second == 2 * numbers * BLOCK / 4
+    assert machine.codes_per_second == 2 * numbers
 
 
 def test_the_streamed_chain_computes_the_same(monkeypatch) -> None:
     calls = small(monkeypatch).calls
     torch.testing.assert_close(calls[STREAM](), calls[READ]())
+
+
+def test_codes_are_probed_only_if_asked_for(monkeypatch) -> None:
+    probe = small(monkeypatch, codes=True)
+    made = probe.calls[CODES]()
+    assert made.shape == (1, 32)
+    assert made.isfinite().all()
+    plain = small(monkeypatch)
+    assert CODES not in plain.calls
+    assert plain.machine({READ: 1.0, COMPUTE: 1.0, STREAM: 1.0}).codes_per_second == 0
 
 
 def test_a_reset_of_dynamo_leaves_the_probes_compiled(monkeypatch) -> None:

@@ -119,8 +119,10 @@ def bench(
     loaded, _ = load_causal(model, dtype, device)
     size = loaded.config.vocab_size
     with speed.measuring():
-        rates = Probe(hidden_size(loaded))
-        pair = speed.contenders(loaded, Plan.load(plan))
+        made = Plan.load(plan)
+        guarded = any(site.details.get("form") == "guarded" for site in made.rewritten)
+        rates = Probe(hidden_size(loaded), codes=guarded)
+        pair = speed.contenders(loaded, made)
         rows = [speed.prefill(pair, size, n, rates) for n in numbers(prefill)]
         rows += [speed.decode(pair, size, n, rates) for n in numbers(decode)]
         seconds = [c.compile_seconds for c in pair]

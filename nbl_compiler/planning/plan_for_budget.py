@@ -33,7 +33,7 @@ from nbl_compiler.trial_text import kinds_of_text
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
 # The front goes on to this many times the budget, so that a user sees what more would cost.
-BEYOND = 2.0
+BEYOND = 1.5
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def plan(
     settings = _settings(found, space)
     if not any(setting.sites for setting in settings):
         raise CalibrationError("no site of this model can be rewritten by any of the settings")
-    machine = measure_machine(width=hidden_size(model))
+    guarded = any(form.guard != "off" for form in space.ffns)
+    machine = measure_machine(width=hidden_size(model), codes=guarded)
     dense = step_cost(model, Plan(), budget, machine, measure=measure)
     costs = {
         s.name: step_cost(model, _plan(found, s.sites), budget, machine, measure=measure)
@@ -175,14 +176,22 @@ def _search(
     """Measure every choice alone, and walk from the dense model on; return both."""
     by_name = {setting.name: setting for setting in settings}
 
-    def measure(choices: Mapping[str, Choice]) -> float:
+    def attends(choice: Choice) -> bool:
+        return by_name[choice.setting].sites[choice.site].kind == "attention"
+
+    def measure(choices: Mapping[str, Choice], *, edited: bool = True) -> float:
         bar.update(1)
         active = {site: by_name[c.setting].stand_ins[site] for site, c in choices.items()}
-        made = [by_name[c.setting].sites[site] for site, c in choices.items()]
         # FFNs see one token at a time: without linear attention, text as it is will do. (The first
         # linear attention must then make up for what edited text costs the FFNs before it.)
-        edited = any(site.kind == "attention" for site in made)
+        edited = edited and any(map(attends, choices.values()))
         return trial(active, kinds=None if edited else 1)
+
+    def sharpen(choice: Choice) -> Choice:
+        """Also look at edited text, which may cost more than text as it is."""
+        exact = replace(choice, loss=measure({choice.site: choice}), exact=True)
+        choices[choices.index(choice)] = exact
+        return exact
 
     def enough(state: State) -> bool:
         if budget.max_loss is not None:
@@ -191,7 +200,7 @@ def _search(
         return _speedup(state, dense) >= 1 + (budget.speedup - 1) * 1.2
 
     with torch.no_grad(), tqdm(desc="trying sites", unit="trial", disable=not progress) as bar:
-        choices = []
+        choices: list[Choice] = []
         for setting in settings:
             cost = costs[setting.name]
             for site in setting.sites:
@@ -201,8 +210,9 @@ def _search(
                 if seconds <= 0:  # slower than dense at this size
                     continue
                 choice = Choice(site, setting.name, seconds, 0.0)
-                choices.append(replace(choice, loss=measure({site: choice})))
-        states = search(choices, measure, enough)
+                least = measure({site: choice}, edited=False)
+                choices.append(replace(choice, loss=least, exact=not attends(choice)))
+        states = search(choices, measure, enough, sharpen)
     trial.release()
     return choices, states
 

@@ -9,8 +9,8 @@ change that does better than the next one promises is taken without trying that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 # How many changes are tried together with those made before, at most, for each that is made.
 COMPETITORS = 2
@@ -27,12 +27,14 @@ class Choice:
         setting: Name of the setting.
         seconds: What the step takes less with it than dense.
         loss: What it costs alone (nats, or a relative error).
+        exact: Whether it costs just that; else at least that.
     """
 
     site: str
     setting: str
     seconds: float
     loss: float
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def search(
     choices: Sequence[Choice],
     measure: Callable[[Mapping[str, Choice]], float],
     enough: Callable[[State], bool],
+    sharpen: Callable[[Choice], Choice] = lambda choice: choice,
 ) -> list[State]:
     """Return the states on the way from the dense model, in order.
 
@@ -61,30 +64,59 @@ def search(
         choices: Every setting of every site.
         measure: Returns the loss of choices together.
         enough: Says whether to stop behind a state.
+        sharpen: Returns a choice with its exact loss. Asked only for those whose least loss looks
+            best: the states are the same as if all were exact.
     """
+    known = list(choices)
     state = State({}, 0.0, 0.0)
     states = [state]
     added: dict[Choice, float] = {}  # what a change cost when it was last tried
     while not enough(state):
-        moves = [c for c in choices if c.seconds > _saved(state, c.site)]
-        if not moves:
-            break
-        promised = {
-            c: _worth(state, c, max(_alone(c) - _alone_now(state, c.site), added.get(c, 0.0)))
-            for c in moves
-        }
         best: tuple[float, State] | None = None
-        for move in sorted(moves, key=lambda c: promised[c], reverse=True)[:COMPETITORS]:
-            if best is not None and best[0] >= promised[move]:
+        tried: set[Choice] = set()
+        while len(tried) < COMPETITORS:
+            move = _best_promise(known, tried, state, added, sharpen, best[0] if best else 0.0)
+            if move is None:
                 break
+            tried.add(move)
             new = _with(state, move, measure)
             added[move], rate = new.loss - state.loss, _rate(new, state)
             if best is None or rate > best[0]:
                 best = rate, new
-        assert best is not None
+        if best is None:
+            break
         state = best[1]
         states.append(state)
     return states
+
+
+def _best_promise(
+    known: list[Choice],
+    tried: Collection[Choice],
+    state: State,
+    added: Mapping[Choice, float],
+    sharpen: Callable[[Choice], Choice],
+    least: float,
+) -> Choice | None:
+    """Return the change that promises most, if that is more than the least.
+
+    Exact choices take the place of others in ``known``.
+    """
+    while True:
+        moves = [c for c in known if c.seconds > _saved(state, c.site) and c not in tried]
+        if not moves:
+            return None
+        promised = [
+            _worth(state, c, max(_alone(c) - _alone_now(state, c.site), added.get(c, 0.0)))
+            for c in moves
+        ]
+        most = max(promised)
+        if most <= least:
+            return None
+        move = moves[promised.index(most)]
+        if move.exact:
+            return move
+        known[known.index(move)] = replace(sharpen(move), exact=True)
 
 
 def pareto(states: Sequence[State]) -> list[State]:

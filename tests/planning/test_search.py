@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 from hypothesis import given
@@ -89,6 +90,42 @@ def test_losses_below_the_resolution_are_alike() -> None:
     choices = [Choice("a", "on", 0.01, -RESOLUTION / 10), Choice("b", "on", 1.0, RESOLUTION / 2)]
     states = search(choices, added, lambda state: len(state.choices) == 1)
     assert set(states[-1].choices) == {"b"}
+
+
+@given(st.lists(st.tuples(numbers, st.floats(0, 1)), min_size=1, max_size=6))
+def test_least_losses_lead_the_same_way(given_numbers: list[tuple[tuple[float, float], float]]):
+    """Losses that are exact only for those that look best: the states are those of exact losses."""
+    exact = choices_of([pair for pair, _ in given_numbers])
+    least = [
+        replace(choice, loss=share * choice.loss, exact=False)
+        for choice, (_, share) in zip(exact, given_numbers, strict=True)
+    ]
+
+    def measure(chosen: Mapping[str, Choice]) -> float:
+        known = sum(exact[int(site)].loss for site in chosen)
+        return known + 0.1 * len(chosen) ** 2
+
+    asked: list[str] = []
+
+    def sharpen(choice: Choice) -> Choice:
+        asked.append(choice.site)
+        return exact[int(choice.site)]
+
+    def path(states: list[State]) -> list[list[str]]:
+        return [list(state.choices) for state in states]
+
+    assert path(search(least, measure, never, sharpen)) == path(search(exact, measure, never))
+    assert len(asked) == len(set(asked))
+
+
+def test_what_never_looks_best_is_never_made_exact() -> None:
+    good, bad = Choice("a", "on", 1.0, 0.01), Choice("b", "on", 1.0, 0.5, exact=False)
+
+    def refuse(choice: Choice) -> Choice:
+        raise AssertionError(choice.site)
+
+    (_, state) = search([good, bad], added, lambda state: len(state.choices) == 1, refuse)
+    assert set(state.choices) == {"a"}
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=12))
