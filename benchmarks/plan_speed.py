@@ -2,9 +2,10 @@
 
     python benchmarks/plan_speed.py plan.safetensors --eval-text held_out.txt --decode 512,4096
 
-Interleaved in one run: the dense model compiled by Inductor; this backend without a plan; the
-plan; and the plan on a model whose linear layers torchao quantized to int8 (but for FFNs that the
-plan guards, which gather rows of float weights). Perplexity is on text that planning never saw.
+Interleaved in one run: the dense model compiled by Inductor; this backend with a plan that changes
+nothing, which still streams the products of few tokens; the plan; and the plan on a model whose
+linear layers torchao quantized to int8 (but for FFNs that the plan guards, which gather rows of
+float weights). Perplexity is on text that planning never saw.
 """
 
 from __future__ import annotations
@@ -55,26 +56,28 @@ def forms(model: Any, plan: Plan, *, alone: bool = True) -> list[Form]:
     Args:
         model: The dense model.
         plan: Its plan.
-        alone: Also the plan on float weights, and no plan at all.
+        alone: Also the plan on float weights, and an empty one.
     """
     guarded = [site.name for site in plan.rewritten if site.details.get("form") == "guarded"]
     quantized = Form("plan on int8 weights", int8(model, leave=guarded), plan)
-    others = [Form("no plan", model, Plan()), Form("plan", model, plan)] if alone else []
+    others = [Form("empty plan", model, Plan()), Form("plan", model, plan)] if alone else []
     return [Form(DENSE, model, None), *others, quantized]
 
 
 def losses(subject: Subject, compared: Sequence[Form]) -> dict[str, float]:
-    """Return each form's perplexity (one that changes nothing has the dense model's)."""
-    return {
-        form.name: perplexity_of(
-            form.model,
-            subject.tokenizer,
-            form.plan or Plan(),
-            subject.documents,
-            subject.args.eval_tokens,
-        )
-        for form in compared
-    }
+    """Return each form's perplexity."""
+    dense = subject.perplexity(Plan())
+    found = {}
+    for form in compared:
+        plan = form.plan or Plan()
+        same = form.model is subject.model and not plan.rewritten
+        found[form.name] = dense if same else _perplexity(subject, form.model, plan)
+    return found
+
+
+def _perplexity(subject: Subject, model: Any, plan: Plan) -> float:
+    tokens = subject.args.eval_tokens
+    return perplexity_of(model, subject.tokenizer, plan, subject.documents, tokens)
 
 
 def decode(
@@ -124,8 +127,8 @@ def _compiled(form: Form) -> speed.Contender:
 
 def report(
     subject: Subject, plan: Plan, contexts: Sequence[int], repeats: int, *, alone: bool = True
-) -> Table:
-    """Return a table of all forms.
+) -> None:
+    """Print a table of all forms for each context, as soon as it is measured.
 
     Args:
         subject: The model and its texts.
@@ -137,20 +140,19 @@ def report(
     compared = forms(subject.model, plan, alone=alone)
     perplexities = losses(subject, compared)
     dense = perplexities[DENSE]
-    table = Table("context", "form", "ms", "speed-up", "predicted", "perplexity", "/ dense")
     with speed.measuring():
         rates = Probe(hidden_size(subject.model), codes=True)
         for context in contexts:
             seconds, predicted, spread = decode(compared, context, rates, repeats)
+            table = Table("form", "ms", "speed-up", "predicted", "perplexity", "/ dense")
+            table.title = f"decode, {context:,} tokens of context; widest spread {spread:.0%}"
             for name, taken in seconds.items():
                 table.add_row(
-                    f"{context:,}", name, f"{1e3 * taken:.1f}",
-                    f"{seconds[DENSE] / taken:.2f}×",
+                    name, f"{1e3 * taken:.1f}", f"{seconds[DENSE] / taken:.2f}×",
                     f"{predicted[DENSE] / predicted[name]:.2f}×",
                     f"{perplexities[name]:.2f}", f"{perplexities[name] / dense:.3f}×",
                 )  # fmt: skip
-            table.caption = f"widest spread {spread:.0%}"
-    return table
+            Console().print(table)
 
 
 def main() -> None:
@@ -162,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     subject = load(args)
     contexts = [int(n) for n in args.decode.split(",")]
-    Console().print(report(subject, nbl.Plan.load(args.plan), contexts, args.repeats))
+    report(subject, nbl.Plan.load(args.plan), contexts, args.repeats)
 
 
 if __name__ == "__main__":

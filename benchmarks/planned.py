@@ -59,7 +59,7 @@ def main() -> None:
     contexts = [int(n) for n in args.decode.split(",") if n]
     for number in sorted({front.chosen, within} - {None}):
         console.print(f"plan {number}")
-        console.print(report(subject, front.plan_at(number), contexts, args.repeats))
+        report(subject, front.plan_at(number), contexts, args.repeats)
 
 
 def fastest_within(

@@ -75,7 +75,9 @@ def _compile(
         digest = None if plan is None else plan.digest
         dump = DumpFolder(options.dump_dir, digest, options.dump_inputs)
         dump.traced(graph_module, example_inputs)
-    if not options.passes and (plan is None or not plan.rewritten):
+    # A plan that rewrites nothing lets products be streamed, where that is possible.
+    rewrites = plan is not None and (plan.rewritten or _infers_alone(example_inputs))
+    if not options.passes and not rewrites:
         announce(plan, (), graph_module)
         if dump is not None:
             dump.summary(graph_module)
@@ -140,9 +142,19 @@ def _find_plan(
     return plan
 
 
-def _require_inference(example_inputs: Sequence[Any]) -> None:
+def _infers_alone(example_inputs: Sequence[Any]) -> bool:
+    """Tell whether no gradients are wanted, and no weight is spread over processes."""
+    spread = any(is_spread(x) for x in example_inputs)
+    return not _wants_gradients(example_inputs) and not spread
+
+
+def _wants_gradients(example_inputs: Sequence[Any]) -> bool:
     wants = any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
-    if torch.is_grad_enabled() and wants:
+    return torch.is_grad_enabled() and wants
+
+
+def _require_inference(example_inputs: Sequence[Any]) -> None:
+    if _wants_gradients(example_inputs):
         raise InferenceOnlyError(
             "a linearized model is for inference: call it under torch.inference_mode() or "
             "torch.no_grad() (gradients are enabled, and an input or weight requires them)"

@@ -27,6 +27,7 @@ from nbl_compiler.errors import (
     StrictError,
     ToolchainError,
 )
+from nbl_compiler.graph_report import GraphReport
 
 # Float32 rounding of a tiny model with logits of order 1–10.
 TOLERANCE = 1e-4
@@ -200,6 +201,22 @@ def test_a_damaged_plan_by_its_path(tmp_path: Path) -> None:
 
 
 # Gradients.
+
+
+def test_a_plan_that_rewrites_nothing_streams_products_and_lets_train() -> None:
+    layer, x = nn.Linear(16, 8), torch.randn(1, 16)
+    reports: list[GraphReport] = []
+    fast = torch.compile(
+        layer, backend="nbl", options={"plan": nbl.Plan(), "report": reports.append}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), layer(x), rtol=0, atol=TOLERANCE)
+    (report,) = reports
+    assert "1 linear layers streamed" in {n for run in report.runs for n in run.report.notes}
+    fast(x).sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, x.expand(8, 16), rtol=0, atol=TOLERANCE)
+    assert len(reports) == 1  # the graph with gradients is Inductor's alone
 
 
 def test_gradients_are_refused() -> None:

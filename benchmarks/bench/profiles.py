@@ -13,7 +13,7 @@ ATTENTION = ("attention dropped", "NBL, published", "NBL", "value taps")
 PRUNING = ("magnitude", "FLAP", "Wanda", "RIA", "TEAL", "CATS")
 FOLDED = ("keep+fold", "guarded", "guarded, predicted values")
 TIMED = (
-    "dense eager", DENSE, "no plan", "attention dropped", "NBL", "value taps", "magnitude",
+    "dense eager", DENSE, "empty plan", "attention dropped", "NBL", "value taps", "magnitude",
     "keep+fold", "guarded", "int8", "int8 + plan",
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ class Profile:
 
 _GEMMA, _QWEN, _LLAMA = "gemma-3-270m", "qwen2.5-0.5b-shape", "llama-3.2-1b-shape"
 
-_FEW = (DENSE, "no plan", "attention dropped", "value taps", "keep+fold", "guarded")
+_FEW = (DENSE, "empty plan", "attention dropped", "value taps", "keep+fold", "guarded")
 _STEP = Point("decode", 2048, repeats=5)
 
 SHORT = Profile(
@@ -144,7 +144,7 @@ TINY = Profile(
         ],
         "tiny": [Point("decode", 64, batch=2, repeats=3, fraction=0.25)],
     },
-    timed=("dense eager", DENSE, "no plan", "attention dropped", "NBL", "keep+fold"),
+    timed=("dense eager", DENSE, "empty plan", "attention dropped", "NBL", "keep+fold"),
     calibration=[Calibration(128, 2_048, rounds=2)],
     layers={"tiny-shape": (2, 4)},
     tokens=2_048,
