@@ -75,9 +75,9 @@ def _compile(
         digest = None if plan is None else plan.digest
         dump = DumpFolder(options.dump_dir, digest, options.dump_inputs)
         dump.traced(graph_module, example_inputs)
-    # A plan that rewrites nothing lets products be streamed, where that is possible.
-    rewrites = plan is not None and (plan.rewritten or _infers_alone(example_inputs))
-    if not options.passes and not rewrites:
+    # With a plan that rewrites nothing, products are streamed, where that is possible.
+    streams = options.lowering == "inductor" and _infers_alone(example_inputs)
+    if not options.passes and (plan is None or not (plan.rewritten or streams)):
         announce(plan, (), graph_module)
         if dump is not None:
             dump.summary(graph_module)

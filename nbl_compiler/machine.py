@@ -25,6 +25,8 @@ from nbl_compiler.timing import median_seconds
 
 NUMBERS = 2**25
 """Weights of a probe, 128 MiB in float32: more than any cache."""
+CODE_NUMBERS = 2**23
+"""Weights of the probe of codes, whose unpacking takes longer than their reading."""
 BLOCK = 256
 """Tokens of the probe of arithmetic."""
 LEAST_WIDTH = 512
@@ -86,8 +88,10 @@ class Probe:
                 stream = _compiled(streamed_linear, token, weights)
                 self.calls[STREAM] = lambda: stream(token, *weights)
             if self.codes:
+                few = max(CODE_NUMBERS // (2 * d * wide), 1)
+                self._codes = 2 * d * wide * min(few, pairs)
                 codes = [torch.randint(-127, 128, w.shape, generator=generator).to(torch.int8)
-                         for w in weights]  # fmt: skip
+                         for w in weights[: 2 * few]]  # fmt: skip
                 unpack = _compiled(_int8_layer, token, codes)
                 self.calls[CODES] = lambda: unpack(token, *codes)
             for call in self.calls.values():
@@ -104,7 +108,7 @@ class Probe:
             read / seconds[READ],
             2 * self._numbers * BLOCK / seconds[COMPUTE],
             read / seconds[STREAM] if self.streamed else 0.0,
-            self._numbers / seconds[CODES] if self.codes else 0.0,
+            self._codes / seconds[CODES] if self.codes else 0.0,
         )
 
 

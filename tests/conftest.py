@@ -23,8 +23,15 @@ settings.load_profile("nbl")
 transformers.logging.set_verbosity_error()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the real models: one worker runs them all, which no other should wait for."""
+    """Group tests by file, if they have no group: a file's scenarios are computed once.
+
+    Begin with the real models: one worker runs them all, which no other should wait for.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     items.sort(key=lambda item: item.get_closest_marker("pretrained") is None)
 
 

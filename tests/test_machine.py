@@ -18,6 +18,7 @@ from nbl_compiler.machine import (
 
 def small(monkeypatch, **options) -> Probe:
     monkeypatch.setattr("nbl_compiler.machine.NUMBERS", 2**14)
+    monkeypatch.setattr("nbl_compiler.machine.CODE_NUMBERS", 2**13)
     monkeypatch.setattr("nbl_compiler.machine.LEAST_WIDTH", 32)
     return Probe(32, **options)
 
@@ -37,7 +38,7 @@ def test_rates_are_work_over_seconds(monkeypatch) -> None:
     assert machine.bytes_per_second == 4 * numbers / 2
     assert machine.streamed_bytes_per_second == 4 * numbers
     assert machine.flops_per_second == 2 * numbers * BLOCK / 4
-    assert machine.codes_per_second == 2 * numbers
+    assert machine.codes_per_second == 2 * numbers / 2  # of half as many weights
 
 
 def test_the_streamed_chain_computes_the_same(monkeypatch) -> None:
