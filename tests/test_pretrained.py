@@ -139,7 +139,7 @@ def test_gemmas_first_layers_with_everything_through_inductor():
     FFN, a guard in another: one plan."""
     model, tokenizer = load_causal(GEMMA)
     cut(model, 6)
-    batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=768, length=256))
+    batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=2048))
     states = nbl.Attention(layers=(4, 5), taps=1)
     parts = [
         nbl.Config(attention=states, ffn=nbl.FFN(layers=(3,), keep=0.5)),
