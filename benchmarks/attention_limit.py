@@ -1,4 +1,4 @@
-"""How much of an attention layer any map could give that does not compare tokens.
+"""How much of an attention layer a map gives that does not compare tokens.
 
     python benchmarks/attention_limit.py --text calibration.jsonl --layers 2,6,8,13,16
 
@@ -8,10 +8,10 @@ Held-out NMSE of the best ridge map of each layer, by what it reads besides the 
 ``blind``   for each head, its real attention over real keys, with one query for all tokens: the
             head's mean query. It weighs all that came before as the layer does on average, by
             content and by distance, and does not look at the token that asks. It needs all keys and
-            values: no state of fixed size gives as much.
+            values, so it costs what attention costs.
 
-What is left by x, states and blind attention together is what only the comparison of queries with
-keys can tell. The attention modules must have ``q_norm`` or ``q_proj``, and ``o_proj``.
+It is one pattern that does not look at the token, and a strong one; not proved to be the best. The
+attention modules must have ``q_norm`` or ``q_proj``, and ``o_proj``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Watched:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._blind = module, False
+        self._blind = False
         self._sum, self._count = torch.zeros(()), 0
         self.inputs: list[Tensor] = []
         self.values: list[Tensor] = []

@@ -47,7 +47,7 @@ def guard_recall(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, float]
     Raises:
         ConfigError: if the plan guards nothing.
     """
-    guarded = {site.name: site for site in plan.rewritten if site.details.get("form") == "guarded"}
+    guarded = {site.name: site for site in plan.rewritten if site.guarded}
     if not guarded:
         raise ConfigError("the plan has no guarded FFN; calibrate with FFN(guard=...)")
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was made of

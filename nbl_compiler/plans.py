@@ -66,6 +66,11 @@ class Site:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def guarded(self) -> bool:
+        """Whether it is a folded FFN with an outlier guard."""
+        return self.details.get("form") == "guarded"
+
+    @property
     def parameters_read(self) -> int:
         """How many parameters one token reads here once the site is rewritten."""
         own = sum(tensor.numel() for tensor in self.tensors.values())

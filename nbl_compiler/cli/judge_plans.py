@@ -120,8 +120,8 @@ def bench(
     size = loaded.config.vocab_size
     with speed.measuring():
         made = Plan.load(plan)
-        guarded = any(site.details.get("form") == "guarded" for site in made.rewritten)
-        rates = Probe(hidden_size(loaded), codes=guarded)
+        codes = any(site.guarded for site in made.rewritten)
+        rates = Probe(hidden_size(loaded), codes=codes)
         pair = speed.contenders(loaded, made)
         rows = [speed.prefill(pair, size, n, rates) for n in numbers(prefill)]
         rows += [speed.decode(pair, size, n, rates) for n in numbers(decode)]

@@ -28,7 +28,7 @@ def holds_int8(site: Site, weights: Sequence[Node], quantize: Quantize) -> bool:
         weights: The parameters that the site's region reads.
         quantize: ``"auto"``: if all matrices among them are quantized.
     """
-    if site.details.get("form") == "guarded":
+    if site.guarded:
         return False
     if quantize != "auto":
         return quantize == "int8"

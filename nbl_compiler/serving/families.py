@@ -42,11 +42,6 @@ def layer_of(site: Site) -> int | None:
     return int(found[1]) if found else None
 
 
-def is_guarded(site: Site) -> bool:
-    """Tell whether a site is a folded FFN with an outlier guard."""
-    return site.details.get("form") == "guarded"
-
-
 def place_of(weight: str) -> tuple[int, str, str] | None:
     """Split a weight's name into layer, part of the layer and the rest; None outside the layers.
 

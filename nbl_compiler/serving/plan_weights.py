@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nbl_compiler.errors import PlanMismatchError
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.serving.families import is_guarded, layer_of, place_of
+from nbl_compiler.serving.families import layer_of, place_of
 
 _ROWS = ("gate_proj.", "up_proj.")
 MAP = "map"
@@ -41,7 +41,7 @@ class PlanWeights:
         self._seen: set[str] = set()
 
     def _folded(self) -> list[tuple[int, Site]]:
-        return [(layer, site) for layer, site in self.ffn.items() if not is_guarded(site)]
+        return [(layer, site) for layer, site in self.ffn.items() if not site.guarded]
 
     def site_of(self, name: str) -> Site | None:
         """Return the replaced site that one of the checkpoint's weights belongs to."""
@@ -62,7 +62,7 @@ class PlanWeights:
         layer, part, rest = place
         if part == "input_layernorm" and layer in self.attention:
             return None if reads_residual(self.attention[layer]) else weight
-        if site is None or is_guarded(site):
+        if site is None or site.guarded:
             return weight
         kept = site.kind == "ffn" and rest.startswith(_ROWS)
         return _kept_rows(name, weight, site) if kept else None
@@ -97,7 +97,7 @@ class PlanWeights:
             site = self.site_of(name)
             if site is not None:
                 self._seen.add(name)
-                read = read if is_guarded(site) else pad(read, multiple_of)
+                read = read if site.guarded else pad(read, multiple_of)
             yield name, read
         yield from self.replacements(multiple_of)
 
@@ -105,8 +105,8 @@ class PlanWeights:
         """Return the names of FFN weights that are needed, and that ``through`` never met."""
         wanted = []
         for layer, site in self.ffn.items():
-            parts = (*_ROWS, "down_proj.") if is_guarded(site) else _ROWS
-            if is_guarded(site) or int(site.details["kept"]):
+            parts = (*_ROWS, "down_proj.") if site.guarded else _ROWS
+            if site.guarded or int(site.details["kept"]):
                 wanted += [f"model.layers.{layer}.mlp.{part}weight" for part in parts]
         return [name for name in wanted if name not in self._seen]
 

@@ -21,7 +21,6 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from nbl_compiler.errors import PlanFormatError
 from nbl_compiler.plans import Site
-from nbl_compiler.serving.families import is_guarded
 from nbl_compiler.serving.plan_weights import PlanWeights, reads_residual
 from nbl_compiler.serving.vllm_guarded import GuardedFFNLayer
 from nbl_compiler.serving.vllm_layers import FoldedFFN, LinearAttention, StreamInFront
@@ -84,7 +83,7 @@ class _Planned:
                 "plan needs: export it again"
             )
         for index, site in plan.ffn.items():
-            if is_guarded(site):
+            if site.guarded:
                 self.model.layers[index].mlp.apply_plan(site)
         return loaded
 
@@ -97,7 +96,7 @@ def _linear_attention(layer: nn.Module, width: int, site: Site, path: str) -> nn
 
 def _folded_ffn(layer: nn.Module, width: int, site: Site, path: str) -> nn.Module:
     old: Any = layer.mlp
-    if is_guarded(site):
+    if site.guarded:
         return GuardedFFNLayer(old.gate_up_proj, old.down_proj, site)
     return FoldedFFN(width, site, old.act_fn, old.gate_up_proj.bias is not None, path)
 

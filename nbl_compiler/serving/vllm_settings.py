@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from nbl_compiler.errors import ConfigError, PlanMismatchError
 from nbl_compiler.plans import Plan
-from nbl_compiler.serving.families import PLAN_FILE, SECTION, is_guarded, layer_of
+from nbl_compiler.serving.families import PLAN_FILE, SECTION, layer_of
 
 
 class EngineSettings(VerifyAndUpdateConfig):
@@ -80,7 +80,7 @@ def check_settings(vllm_config: VllmConfig, plan: Plan) -> None:
             "replaces parts of them; serve without it"
         )
     if vllm_config.parallel_config.tensor_parallel_size > 1:
-        guarded = [site.name for site in plan.rewritten if is_guarded(site)]
+        guarded = [site.name for site in plan.rewritten if site.guarded]
         if guarded:
             raise ConfigError(
                 f"tensor parallel: the guard of {guarded[0]} picks a token's outliers among all "
