@@ -37,6 +37,9 @@ def contenders(plan: Plan) -> list[Contender]:
     def alone(subject: Subject, _: float) -> Made:
         return Made(subject.model, plan)
 
+    def int8_alone(subject: Subject, _: float) -> Made:
+        return Made(int8(subject.model), Plan())
+
     def on_int8(subject: Subject, _: float) -> Made:
         return Made(int8(subject.model, leave=guarded), plan)
 
@@ -45,6 +48,7 @@ def contenders(plan: Plan) -> list[Contender]:
         CONTENDERS[DENSE],
         CONTENDERS["empty plan"],
         Contender("plan", "ffn", HERE, alone, picks=picks),
+        Contender("empty plan on int8 weights", "weights", HERE, int8_alone),
         Contender("plan on int8 weights", "weights", HERE, on_int8, picks=picks),
     ]
 

@@ -92,7 +92,9 @@ def _compile(
     weights = _weights(graph_module, example_inputs)
     before = graph_cost(graph_module) if options.report is not None else None
     watch = GraphWatch(plan)
-    passes = build_pipeline(plan, options.lowering, options.passes, watch, options.quantize)
+    passes = build_pipeline(
+        plan, options.lowering, options.passes, watch, options.quantize, options.guard_tokens
+    )
     runs = run_pipeline(passes, graph_module, dump)
     guard_on_watch(watch, site_weights(graph_module))
     announce(plan, runs, graph_module)

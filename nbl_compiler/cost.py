@@ -25,7 +25,7 @@ from nbl_compiler.lowering.int8_linear import int8_linear, streamed_int8_linear
 from nbl_compiler.lowering.predictors import BITS_OF_KIND
 from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.lowering.value_states import carried_states, value_states
-from nbl_compiler.passes.graph_tools import argument, example_value, is_call
+from nbl_compiler.passes.graph_tools import argument, example_value, is_call, traced_size
 
 _ATTENTION = frozenset({F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention})
 # Whatever the weights are: a plan's tensors are no parameters of the model.
@@ -125,17 +125,17 @@ def _work(node: Node) -> Work | None:
         query, key = example_value(node.args[0]), example_value(node.args[1])  # type: ignore[arg-type]
         assert isinstance(query, Tensor)
         assert isinstance(key, Tensor)
-        flops = 4 * _int(prod(query.shape)) * _int(key.shape[-2])
+        flops = 4 * traced_size(prod(query.shape)) * traced_size(key.shape[-2])
         return Work(node.name, flops, _traffic(operands, out))
     if is_call(node, _PRODUCTS, _PRODUCT_METHODS):
         added = is_call(node, {torch.addmm, torch.baddbmm}, {"addmm", "baddbmm"})
         left = argument(node, 1, "mat1") if added else argument(node, 0, "input")
         left = example_value(left) if isinstance(left, Node) else None
-        inner = _int(left.shape[-1]) if isinstance(left, Tensor) else 0
-        return Work(node.name, 2 * _int(out.numel()) * inner, _traffic(operands, out))
+        inner = traced_size(left.shape[-1]) if isinstance(left, Tensor) else 0
+        return Work(node.name, 2 * traced_size(out.numel()) * inner, _traffic(operands, out))
     if is_call(node, {streamed_linear, int8_linear, streamed_int8_linear}):
-        flops = 2 * _int(out.numel()) * _int(operands[0].shape[-1])
-        codes = _int(operands[1].numel()) if is_call(node, {streamed_int8_linear}) else 0
+        flops = 2 * traced_size(out.numel()) * traced_size(operands[0].shape[-1])
+        codes = traced_size(operands[1].numel()) if is_call(node, {streamed_int8_linear}) else 0
         streamed = not is_call(node, {int8_linear})
         return Work(node.name, flops, _traffic(operands, out), streamed, codes, codes)
     if is_call(node, {F.embedding}):
@@ -149,7 +149,7 @@ def _guarded_work(node: Node) -> Work:
     """A guarded FFN: the fold, the predictor, and the rows that the capacity gathers."""
     values: Any = map_arg(node.args, example_value)  # type: ignore[arg-type]
     x, site = values[0], unpack_arguments(tuple(values[1:]))
-    tokens = _int(prod(x.shape[:-1]))
+    tokens = traced_size(prod(x.shape[:-1]))
     projections = [w for w in (site.gate, site.up) if w is not None]
     few = tokens <= GATHER_TOKENS
     rows = site.selected * tokens if few else site.neurons
@@ -157,9 +157,9 @@ def _guarded_work(node: Node) -> Work:
     gathered = [site.down] if whole or site.corrects_by_prediction else [*projections, site.down]
     parts = [site.folded, *site.predictor, *(projections if whole else ())]
     size = site.down.element_size()
-    read = sum(map(_bytes, parts)) + sum(rows * _int(w.shape[1]) * size for w in gathered)
+    read = sum(map(_bytes, parts)) + sum(rows * traced_size(w.shape[1]) * size for w in gathered)
     per_token = sum(p.numel() for p in parts) + sum(
-        (site.selected if few else site.neurons) * _int(w.shape[1]) for w in gathered
+        (site.selected if few else site.neurons) * traced_size(w.shape[1]) for w in gathered
     )
     bits = BITS_OF_KIND.get(site.predictor_kind) if few else None
     packed = _bytes(site.predictor[0]) if bits else 0
@@ -179,8 +179,9 @@ def _states_work(node: Node) -> Work:
     rows, averages = values[0], values[4]
     if not averages:
         return Work(node.name, 0, 2 * _bytes(out))
-    single = _int(values[2].shape[1]) == 1  # one product with two weights a row
-    return Work(node.name, 4 * _int(rows.numel()) if single else 0, _bytes(rows) + _bytes(out))
+    single = traced_size(values[2].shape[1]) == 1  # one product with two weights a row
+    flops = 4 * traced_size(rows.numel()) if single else 0
+    return Work(node.name, flops, _bytes(rows) + _bytes(out))
 
 
 def _copies(node: Node, operands: list[Tensor], out: Tensor) -> bool:
@@ -198,12 +199,6 @@ def _bytes(tensor: Tensor) -> int:
     if is_quantized(tensor):
         read = int8_matrix(tensor)
         return sum(map(_bytes, held_tensors(tensor) if read is None else (read.codes, read.scale)))
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return prod(_int(n) for n, stride in pairs if _int(stride) != 0) * tensor.element_size()
-
-
-def _int(size: object) -> int:
-    """Return a size, or the hint behind a symbolic one."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint or 1)
-    return int(size)  # type: ignore[call-overload,no-any-return]
+    sizes, strides = (map(traced_size, numbers) for numbers in (tensor.shape, tensor.stride()))
+    held = prod(n for n, stride in zip(sizes, strides, strict=True) if stride != 0)
+    return held * tensor.element_size()

@@ -34,7 +34,7 @@ class DemoOptions:
     tokens: int = 16_384
     eval_tokens: int = 4_096
     prefill: int = 512
-    contexts: tuple[int, ...] = (256, 2048)
+    contexts: tuple[int, ...] = (2048,)
     new_tokens: int = 24
 
 

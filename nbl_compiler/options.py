@@ -37,6 +37,9 @@ class Options:
             standard deviation. Without it, ``NBL_DUMP_INPUTS``.
         quantize: How a plan's matrices are held: ``"auto"`` (as int8 in place of weights that
             torchao quantized, else in the model's dtype), ``"int8"`` or ``"off"``.
+        guard_tokens: Guarded FFNs run dense in graphs of more tokens (batch times length) than
+            this: there a guard looks at nearly every neuron, and costs more than it saves. Without
+            it every graph computes the same function, as an evaluation over whole texts needs.
         passes: Passes of your own (``docs/own-pass.md`` says how to write one); they run with or
             without a plan.
     """
@@ -50,6 +53,7 @@ class Options:
     report: Callable[[GraphReport], None] | None = None
     dump_inputs: Literal["real", "random"] = "real"
     quantize: Quantize = "auto"
+    guard_tokens: int | None = None
     passes: Sequence[Pass] = ()
 
     @classmethod
@@ -80,6 +84,9 @@ class Options:
             raise ConfigError(f"dump_inputs={parsed.dump_inputs!r} must be one of {known_inputs}")
         if parsed.quantize not in QUANTIZE:
             raise ConfigError(f"quantize={parsed.quantize!r} must be one of {', '.join(QUANTIZE)}")
+        tokens = parsed.guard_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ConfigError(f"guard_tokens={tokens!r} must be a number of tokens, at least 1")
         if parsed.lowering not in LOWERINGS:
             raise ConfigError(f"lowering={parsed.lowering!r} must be one of {', '.join(LOWERINGS)}")
         return parsed

@@ -34,7 +34,7 @@ def test_two_processes_write_the_plan_of_one(folder: Path, tmp_path: Path) -> No
         ended = start(launcher, "calibrate", folder, path, *words)
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.count("written to") == 1  # one process speaks
-        assert ended.stderr.count("calibrating: 100%") == 1
+        assert ended.stderr.count("calibrating:   0%") == 1  # a bar may be drawn at its end twice
         plans[name] = Plan.load(path)
     assert len(plans["together"].rewritten) == 2
     for site, other in zip(plans["together"].sites, plans["alone"].sites, strict=True):

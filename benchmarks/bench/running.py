@@ -14,13 +14,22 @@ from nbl_compiler import speed
 from nbl_compiler.cost import graph_cost
 from nbl_compiler.graph_report import GraphReport
 from nbl_compiler.kv_cache import cache
+from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
+
+# Guards are for decode: where speed is measured, more tokens at once run the dense FFN.
+SERVED = {"guard_tokens": GATHER_TOKENS}
 
 
-def for_quality(made: Made) -> Callable[..., Any]:
-    """Return the model without lowering: quality does not depend on it."""
+def for_quality(made: Made, **options: Any) -> Callable[..., Any]:
+    """Return the model without lowering: quality does not depend on it.
+
+    Args:
+        made: The contender.
+        options: Further ones of the backend.
+    """
     if made.plan is None:
         return made.model
-    options: dict[str, Any] = {"plan": made.plan, "lowering": "eager"}
+    options = {"plan": made.plan, "lowering": "eager", **options}
     return torch.compile(made.model, backend="nbl", options=options)
 
 
@@ -32,7 +41,7 @@ def for_speed(contender: Contender, made: Made) -> speed.Contender:
     elif made.plan is None:
         forward = torch.compile(made.model, backend=_inductor(reports))
     else:
-        options: dict[str, Any] = {"plan": made.plan, "report": reports.append}
+        options: dict[str, Any] = {"plan": made.plan, "report": reports.append, **SERVED}
         forward = torch.compile(made.model, backend="nbl", options=options)
     return speed.Contender(contender.name, forward, made_cache(made), reports)
 

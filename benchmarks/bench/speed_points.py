@@ -15,7 +15,7 @@ from bench.contenders import Contender, Made
 from bench.footprint import held_bytes, peak_allocated
 from bench.ratios import exact, of_rounds
 from bench.results import Row
-from bench.running import for_quality, for_speed, made_cache
+from bench.running import SERVED, for_quality, for_speed, made_cache
 from bench.subjects import Subject, vocabulary_size
 from nbl_compiler import speed
 from nbl_compiler.cost import Cost, Machine
@@ -167,7 +167,7 @@ def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
     peak = peak_allocated(lambda: logits.append(call()))
     known = (contender.name, point.phase, point.dtype)
     if contender.compiled and known not in subject.checked:
-        reference = speed.Contender("", for_quality(made), made_cache(made))
+        reference = speed.Contender("", for_quality(made, **SERVED), made_cache(made))
         _check(contender, logits[0], _call(point, subject, made, reference)[0]())
         subject.checked.add(known)
     return _Ready(contender, made, compiled, call, 0 if kv is None else cache_bytes(kv), peak)

@@ -11,6 +11,7 @@ from nbl_compiler.cli.shared import (
     Column,
     Device,
     Dtype,
+    GuardTokens,
     Json,
     Lowering,
     Model,
@@ -107,6 +108,7 @@ def bench(
     decode: Annotated[str, typer.Option(help="Context lengths.")] = "512,2048",
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    guard_tokens: GuardTokens = None,
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode against dense Inductor, same run, interleaved."""
@@ -122,7 +124,7 @@ def bench(
         made = Plan.load(plan)
         codes = any(site.guarded for site in made.rewritten)
         rates = Probe(hidden_size(loaded), codes=codes)
-        pair = speed.contenders(loaded, made)
+        pair = speed.contenders(loaded, made, guard_tokens=guard_tokens)
         rows = [speed.prefill(pair, size, n, rates) for n in numbers(prefill)]
         rows += [speed.decode(pair, size, n, rates) for n in numbers(decode)]
         seconds = [c.compile_seconds for c in pair]

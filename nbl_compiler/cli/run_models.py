@@ -10,6 +10,7 @@ import typer
 from nbl_compiler.cli.shared import (
     Device,
     Dtype,
+    GuardTokens,
     Json,
     Lowering,
     Model,
@@ -26,6 +27,7 @@ def generate(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     lowering: Lowering = "inductor",
+    guard_tokens: GuardTokens = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt greedily."""
@@ -40,7 +42,11 @@ def generate(
     loaded, tokenizer = load_causal(model, dtype, device)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
     length = ids.shape[1] + new_tokens
-    options: dict[str, Any] = {"lowering": lowering, "plan": Plan.load(plan) if plan else Plan()}
+    options: dict[str, Any] = {
+        "lowering": lowering,
+        "plan": Plan.load(plan) if plan else Plan(),
+        "guard_tokens": guard_tokens,
+    }
     forward = torch.compile(loaded, backend="nbl", options=options)
     kv = (
         cache(loaded, options["plan"], length)

@@ -25,6 +25,10 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Lowering = Annotated[str, typer.Option(help="inductor, aot_eager or eager.")]
+GuardTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Guarded FFNs run dense over more tokens at once than this."),
+]
 
 
 def check_folder(file: Path) -> None:

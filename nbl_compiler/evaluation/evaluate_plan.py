@@ -18,7 +18,7 @@ from nbl_compiler.evaluation.bootstrap import Estimate, estimate
 from nbl_compiler.evaluation.dropping import dropping
 from nbl_compiler.evaluation.generation import Generation, compare_generation
 from nbl_compiler.evaluation.perplexity import Row, perplexity, rows_of_documents
-from nbl_compiler.evaluation.tasks import run_tasks
+from nbl_compiler.evaluation.tasks import find_tasks, run_tasks
 from nbl_compiler.evaluation.token_losses import TokenLosses, token_losses
 from nbl_compiler.plans import Plan
 from nbl_compiler.text_pass import device_of
@@ -160,6 +160,7 @@ def evaluate_plan(
     """
     if not lengths or min(lengths) < 2:
         raise ConfigError(f"lengths={tuple(lengths)!r} must name context lengths of at least 2")
+    manager = find_tasks(tasks, task_folder) if tasks else None  # a mistake is told before the work
     documents, device = list(documents), device_of(model)
     dense, nbl = (_compiled(model, used, lowering) for used in (Plan(), plan))
     without = _compiled(model, dropping(plan), lowering) if drop else None
@@ -179,9 +180,7 @@ def evaluate_plan(
         lengths=tuple(made),
         positions=_along(losses),
         generation=_generate(model, nbl, ids, prompts, new_tokens),
-        tasks=run_tasks(dense, nbl, tokenizer, tasks, folder=task_folder, limit=task_limit)
-        if tasks
-        else {},
+        tasks=run_tasks(dense, nbl, tokenizer, tasks, manager, task_limit) if tasks else {},
     )
 
 

@@ -11,13 +11,44 @@ import torch
 from nbl_compiler.errors import ConfigError
 
 
+def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
+    """Return a task manager of the harness that knows the tasks.
+
+    Args:
+        names: Tasks that the harness knows, or that ``folder`` defines.
+        folder: Further task files (``*.yaml``); their data may be local files.
+
+    Raises:
+        ConfigError: if the harness is not installed, or a task is not known.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            f"tasks are run by lm-evaluation-harness ({error}): pip install lm-eval accelerate"
+        ) from error
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConfigError(f"no folder of tasks at {folder}")
+        # Reading the harness's own thousands of task files takes half a minute.
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise ConfigError(
+            f"the harness knows no task {', '.join(unknown)}; `lm-eval --tasks list` lists them"
+        )
+    return manager
+
+
 def run_tasks(
     dense: Callable[..., Any],
     nbl: Callable[..., Any],
     tokenizer: Any,
     names: Sequence[str],
-    *,
-    folder: Path | None = None,
+    manager: Any,
     limit: int | None = None,
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Return task → metric → (dense, under the plan).
@@ -26,29 +57,13 @@ def run_tasks(
         dense: The dense model.
         nbl: The model compiled with a plan.
         tokenizer: Its tokenizer.
-        names: Tasks that the harness knows, or that ``folder`` defines.
-        folder: Further task files (``*.yaml``); their data may be local files.
+        names: Tasks that ``manager`` knows.
+        manager: What ``find_tasks`` returned for them.
         limit: Use so many documents of a task, at most.
-
-    Raises:
-        ConfigError: if the harness is not installed, or a task is not known.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            f"tasks are run by lm-evaluation-harness ({error}): pip install lm-eval accelerate"
-        ) from error
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"no folder of tasks at {folder}")
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = sorted(set(names) - set(manager.all_tasks))
-    if unknown:
-        raise ConfigError(
-            f"the harness knows no task {', '.join(unknown)}; `lm-eval --tasks list` lists them"
-        )
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     results = []
     for forward in (dense, nbl):
         language_model = HFLM(pretrained=forward, tokenizer=tokenizer, batch_size=1)

@@ -12,6 +12,7 @@ held as int8, so are the copies (``matrices.py``), the kept rows bit for bit.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -30,7 +31,7 @@ from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.ffn_sites import FFNMatch, load_ffn_matches, store_folded
 from nbl_compiler.passes.ffn_tensors import FFNTensors
 from nbl_compiler.passes.ffn_weights import ffn_weights, parameter_value
-from nbl_compiler.passes.graph_tools import example_value
+from nbl_compiler.passes.graph_tools import example_value, traced_size
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.matrices import emit_linear, holds_int8, rounding_notes
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
@@ -51,13 +52,28 @@ class FoldFFN:
     plan: Plan
     name: str = "fold_ffn"
     quantize: Quantize = "auto"
+    guard_tokens: int | None = None
 
     def __call__(self, graph_module: GraphModule) -> PassReport:
         found = load_ffn_matches(graph_module).found
         rewriting = partial(rewrite, quantize=self.quantize)
-        done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewriting)
+        done, report = rewrite_sites(graph_module, self.plan, "ffn", found, rewriting, self._leave)
         store_folded(graph_module, done)
         return replace(report, notes=rounding_notes(self.plan, done, "ffn", self.quantize))
+
+    def _leave(self, match: FFNMatch, site: Site) -> str | None:
+        """Say that a guarded FFN stays dense where a graph runs more tokens than guards are for.
+
+        A symbolic number of tokens counts as the one that was traced: both forms are right.
+        """
+        if self.guard_tokens is None or not site.guarded:
+            return None
+        hidden = example_value(match.hidden)
+        assert isinstance(hidden, Tensor)
+        tokens = math.prod(map(traced_size, hidden.shape[:-1]))
+        if tokens <= self.guard_tokens:
+            return None
+        return f"runs {tokens:,} tokens at once, more than guard_tokens={self.guard_tokens}"
 
 
 def rewrite(

@@ -47,6 +47,16 @@ def example_value(node: Node) -> object:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def traced_size(size: object) -> int:
+    """Return a size as it was while Dynamo traced; ``int()`` would make Dynamo guard on it.
+
+    A size that nobody knew then (one that depends on data) counts as 1.
+    """
+    if isinstance(size, torch.SymInt):
+        return 1 if size.node.hint is None else int(size.node.hint)
+    return int(size)  # type: ignore[call-overload,no-any-return]
+
+
 def shape_of(node: Node) -> tuple[int | Expr, ...] | None:
     """Return the shape of the node's tensor, or None.
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from nbl_compiler.passes.graph_tools import Topology, example_value
+from nbl_compiler.passes.graph_tools import Topology, example_value, traced_size
 from nbl_compiler.passes.sites import AttentionMatch
 from nbl_compiler.tensor_parallel import whole_of_parts
 
@@ -112,7 +112,7 @@ class _Probe:
     def __init__(self, graph_module: GraphModule, values: Mapping[str, Any], like: Tensor) -> None:
         self._graph_module, self._values = graph_module, values
         self._topology = Topology(graph_module)
-        self._batch, self._length = (_hint(size) for size in like.shape[:2])
+        self._batch, self._length = (traced_size(size) for size in like.shape[:2])
         self._dtype, self._device = like.dtype, like.device
 
     def matrix(
@@ -151,7 +151,7 @@ class _Probe:
                 continue
             value = self._values.get(node.name)
             if isinstance(value, int | torch.SymInt):
-                known[node] = _hint(value)
+                known[node] = traced_size(value)
             elif isinstance(value, nn.Parameter):
                 known[node] = value.detach()
             else:
@@ -179,7 +179,3 @@ class _Run:
                 runner.env[node] = runner.run_node(node)
         made: Tensor = runner.env[self.target]
         return made
-
-
-def _hint(size: object) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # type: ignore[call-overload]

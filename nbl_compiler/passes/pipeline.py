@@ -33,6 +33,7 @@ def build_pipeline(
     extra: Sequence[Pass] = (),
     watch: GraphWatch | None = None,
     quantize: Quantize = "auto",
+    guard_tokens: int | None = None,
 ) -> tuple[Pass, ...]:
     """Return the passes in their order for one plan and one way of lowering.
 
@@ -42,6 +43,7 @@ def build_pipeline(
         extra: The user's own passes (see ``nbl_compiler.passes.extension``).
         watch: Of the graph, in case it is monitored.
         quantize: As in ``Options``.
+        guard_tokens: As in ``Options``.
     """
     watching = (WatchInputs(watch),) if watch is not None and watch.wanted else ()
     passes: tuple[Pass, ...] = (
@@ -50,7 +52,7 @@ def build_pipeline(
         LinearizeAttention(plan, quantize=quantize),
         DropCacheUpdates(),
         MatchFFN(),
-        FoldFFN(plan, quantize=quantize),
+        FoldFFN(plan, quantize=quantize, guard_tokens=guard_tokens),
         *watching,
         CleanUp(),
     )

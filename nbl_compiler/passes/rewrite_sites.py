@@ -28,6 +28,7 @@ def rewrite_sites(
     kind: Kind,
     found: Sequence[Match],
     rewrite: Callable[[GraphModule, Match, Site, Plan], object],
+    leave: Callable[[Match, Site], str | None] = lambda *_: None,
 ) -> tuple[tuple[Match, ...], PassReport]:
     """Rewrite every matched site that the plan decided to rewrite.
 
@@ -37,6 +38,7 @@ def rewrite_sites(
         kind: Of the sites.
         found: The matches.
         rewrite: Puts the plan's tensors in place of one site.
+        leave: Says why this graph leaves a site dense that the plan rewrites, if it does.
 
     Returns:
         What was rewritten, under the plan's names, and the pass's report.
@@ -46,11 +48,17 @@ def rewrite_sites(
     for match in found:
         site = find_site(plan, match, kind)
         match = match if site is None else replace(match, site=site.name)
-        if site is not None and site.decision == "rewritten":
-            rewrite(graph_module, match, site, plan)
-            done.append(match)
-            continue
-        reason = "the plan does not know this site" if site is None else site.reason
+        if site is None:
+            reason = "the plan does not know this site"
+        elif site.decision != "rewritten":
+            reason = site.reason
+        else:
+            here = leave(match, site)
+            if here is None:
+                rewrite(graph_module, match, site, plan)
+                done.append(match)
+                continue
+            reason = here
         anchor = match.anchor
         left.append(Rejected(match.site, kind, anchor.name, reason, source_line(anchor)))
     return tuple(done), PassReport(rewritten=tuple(m.site for m in done), rejected=tuple(left))

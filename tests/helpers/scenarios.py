@@ -29,6 +29,9 @@ from nbl_compiler.value_states import NO_STATES, States
 
 LAYERS = 2  # one linearized, one that attends to a cache
 CACHES = ("DynamicCache", "StaticCache", "nbl dynamic", "nbl static")
+# One family of each kind of keys and values: grouped heads, sliding windows, both kinds of layers
+# in turn, absolute positions, one head for all queries, latent states, ALiBi.
+KINDS_OF_CACHES = ("llama", "mistral", "gemma3", "gpt2", "falcon", "deepseek_v3", "bloom")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,16 @@ def dynamic_run(name: str, implementation: str, **of_subject: Any) -> Run:
         logits = main_output(compiled(**other))
         expected, dense = main_output(one.oracle(**other)), main_output(one.model(**other))
     return Run(one, tuple(graphs), logits, expected, dense)
+
+
+def one_pass(name: str, implementation: str) -> Run:
+    """Return the family's usual run without a cache.
+
+    A family's first spelling of attention is traced for one shape, the others with symbolic sizes.
+    """
+    if implementation == BY_NAME[name].implementations[0]:
+        return full_run(name, implementation)
+    return dynamic_run(name, implementation)
 
 
 def full_inputs(name: str, **shape: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from helpers.scenarios import (
     full_inputs,
     full_run,
     main_output,
+    one_pass,
     subject,
 )
 from helpers.surgery import linearize_by_surgery
@@ -34,7 +35,15 @@ SPELLINGS = [
     for a in ARCHITECTURES
     for i in a.implementations
 ]
-DECODERS = [p for p in SPELLINGS if BY_NAME[str(p.values[0])].kind == "decoder"]
+FAMILIES = [pytest.param(a.name, marks=pytest.mark.xdist_group(a.name)) for a in ARCHITECTURES]
+DECODERS = [
+    pytest.param(*p.values, cache, id=f"{p.id}-{cache}", marks=p.marks)
+    for p in SPELLINGS
+    for cache in ("StaticCache", "DynamicCache")
+    if BY_NAME[str(p.values[0])].kind == "decoder"
+    # How a cache grows does not depend on the spelling.
+    and (cache == "StaticCache" or p.values[1] == BY_NAME[str(p.values[0])].implementations[0])
+]
 TRANSLATORS = [p for p in SPELLINGS if BY_NAME[str(p.values[0])].kind == "encoder-decoder"]
 
 
@@ -50,16 +59,16 @@ def check(run: Run, sites: list[str], cross: list[str], reason: str = "cross-att
             assert refusal.reason.startswith(reason)
 
 
-def cross_names(name: str, layers: int = LAYERS) -> list[str]:
+def cross_names(name: str) -> list[str]:
     """Return the names of the cross-attention sites."""
     path = BY_NAME[name].cross_attention
-    return [path.format(i) for i in range(layers)] if path else []
+    return [path.format(i) for i in range(LAYERS)] if path else []
 
 
 @pytest.mark.parametrize(("name", "implementation"), SPELLINGS)
 def test_without_a_cache(name: str, implementation: str) -> None:
-    run = full_run(name, implementation)
-    assert len(run.graphs) == 1
+    run = one_pass(name, implementation)
+    assert len(run.graphs) == 1, "a second shape must not compile again"
     check(run, list(run.subject.sites), cross_names(name))
     modules = dict(run.subject.model.named_modules())
     assert all(site in modules for site in (*run.subject.sites, *cross_names(name)))
@@ -68,7 +77,7 @@ def test_without_a_cache(name: str, implementation: str) -> None:
 @pytest.mark.parametrize(("name", "implementation"), SPELLINGS)
 def test_a_site_knows_every_matrix_of_its_module(name: str, implementation: str) -> None:
     """By these a plan is refused for another model; some families multiply by ``weight.T``."""
-    (graph,) = full_run(name, implementation).graphs
+    (graph,) = one_pass(name, implementation).graphs
     matrices = [
         node
         for node in graph.graph.find_nodes(op="placeholder")
@@ -91,16 +100,14 @@ def _bare(name: str) -> str:
     return name.replace("_", "").replace(".", "").lower()
 
 
-@pytest.mark.parametrize(("name", "implementation"), SPELLINGS)
-def test_with_dynamic_shapes(name: str, implementation: str) -> None:
-    layers = LAYERS if implementation == BY_NAME[name].implementations[0] else 1  # for speed
-    run = dynamic_run(name, implementation, **({} if layers == LAYERS else {"layers": 1}))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_residual_input_with_dynamic_shapes(name: str) -> None:
+    run = dynamic_run(name, BY_NAME[name].implementations[0], input="residual")
     assert len(run.graphs) == 1, "a second shape must not compile again"
-    check(run, list(run.subject.sites), cross_names(name, layers))
+    check(run, list(run.subject.sites), cross_names(name))
 
 
-@pytest.mark.parametrize(("name", "implementation"), DECODERS)
-@pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache"])
+@pytest.mark.parametrize(("name", "implementation", "cache"), DECODERS)
 def test_prefill_and_decode(name: str, implementation: str, cache: str) -> None:
     run = decoding(name, implementation, cache)
     assert len(run.graphs) >= 2
