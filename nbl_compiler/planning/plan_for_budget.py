@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import expm1
+from math import expm1, inf, log1p
 from typing import Any
 
 import torch
@@ -212,7 +212,8 @@ def _search(
                 choice = Choice(site, setting.name, seconds, 0.0)
                 least = measure({site: choice}, edited=False)
                 choices.append(replace(choice, loss=least, exact=not attends(choice)))
-        states = search(choices, measure, enough, sharpen)
+        limit = inf if budget.max_loss is None else _disturbance(budget.max_loss, trial)
+        states = search(choices, measure, enough, sharpen, limit)
     trial.release()
     return choices, states
 
@@ -221,6 +222,11 @@ def _loss(state: State, trial: Trial) -> float:
     """Return the relative increase of perplexity (or the relative error, without tokens)."""
     disturbance = max(state.loss, 0.0)
     return expm1(disturbance) if trial.predicts_tokens else disturbance
+
+
+def _disturbance(loss: float, trial: Trial) -> float:
+    """Return the disturbance that ``_loss`` calls such a loss."""
+    return log1p(loss) if trial.predicts_tokens else loss
 
 
 def _speedup(state: State, dense: StepCost) -> float:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 # How many changes are tried together with those made before, at most, for each that is made.
 COMPETITORS = 2
+# How often in all the changes tried together may leave the limit before the search goes beyond it.
+MISSES = 2
 # Smaller differences between measured losses (nats) are noise of the trial text.
 RESOLUTION = 1e-3
 
@@ -57,8 +60,9 @@ def search(
     measure: Callable[[Mapping[str, Choice]], float],
     enough: Callable[[State], bool],
     sharpen: Callable[[Choice], Choice] = lambda choice: choice,
+    limit: float = inf,
 ) -> list[State]:
-    """Return the states on the way from the dense model, in order.
+    """Return the states on the way from the dense model, in order, and those that left the limit.
 
     Args:
         choices: Every setting of every site.
@@ -66,27 +70,43 @@ def search(
         enough: Says whether to stop behind a state.
         sharpen: Returns a choice with its exact loss. Asked only for those whose least loss looks
             best: the states are the same as if all were exact.
+        limit: A loss that matters to the caller. A change that leaves it is put off, as long as
+            others may fit; once none may, the way goes on beyond it.
     """
     known = list(choices)
     state = State({}, 0.0, 0.0)
     states = [state]
     added: dict[Choice, float] = {}  # what a change cost when it was last tried
+    measured: dict[Choice, State] = {}  # from this state, by the change
+    missed = 0
     while not enough(state):
-        best: tuple[float, State] | None = None
+        within = state.loss <= limit and missed < MISSES
+        room = limit - state.loss if within else inf
+        best: State | None = None
         tried: set[Choice] = set()
         while len(tried) < COMPETITORS:
-            move = _best_promise(known, tried, state, added, sharpen, best[0] if best else 0.0)
+            least = 0.0 if best is None else _rate(best, state)
+            move = _best_promise(known, tried, state, added, sharpen, least, room)
             if move is None:
                 break
             tried.add(move)
-            new = _with(state, move, measure)
-            added[move], rate = new.loss - state.loss, _rate(new, state)
-            if best is None or rate > best[0]:
-                best = rate, new
-        if best is None:
+            if move not in measured:
+                measured[move] = _with(state, move, measure)
+            new = measured[move]
+            added[move] = new.loss - state.loss
+            if added[move] <= room and (best is None or _rate(new, state) > least):
+                best = new
+        if best is not None:
+            state = best
+            states.append(state)
+            measured.clear()
+        elif within and tried:
+            missed += 1
+            states += [measured[move] for move in tried]
+        elif within:
+            missed = MISSES
+        else:
             break
-        state = best[1]
-        states.append(state)
     return states
 
 
@@ -97,19 +117,25 @@ def _best_promise(
     added: Mapping[Choice, float],
     sharpen: Callable[[Choice], Choice],
     least: float,
+    room: float,
 ) -> Choice | None:
-    """Return the change that promises most, if that is more than the least.
+    """Return the change that promises most within the room, if that is more than the least.
 
     Exact choices take the place of others in ``known``.
     """
+
+    def promise(choice: Choice) -> float:
+        return max(_alone(choice) - _alone_now(state, choice.site), added.get(choice, 0.0))
+
     while True:
-        moves = [c for c in known if c.seconds > _saved(state, c.site) and c not in tried]
+        moves = [
+            c
+            for c in known
+            if c.seconds > _saved(state, c.site) and c not in tried and promise(c) <= room
+        ]
         if not moves:
             return None
-        promised = [
-            _worth(state, c, max(_alone(c) - _alone_now(state, c.site), added.get(c, 0.0)))
-            for c in moves
-        ]
+        promised = [_worth(state, c, promise(c)) for c in moves]
         most = max(promised)
         if most <= least:
             return None

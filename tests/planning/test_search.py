@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_compiler.planning.search import RESOLUTION, Choice, State, pareto, search
+from nbl_compiler.planning.search import (
+    COMPETITORS,
+    MISSES,
+    RESOLUTION,
+    Choice,
+    State,
+    pareto,
+    search,
+)
 
 
 def choices_of(numbers: list[tuple[float, float]]) -> list[Choice]:
@@ -83,6 +92,41 @@ def test_the_search_ends_where_the_caller_has_seen_enough() -> None:
     choices = choices_of([(1.0, 0.1)] * 5)
     states = search(choices, added, lambda state: state.loss > 0.25)
     assert [len(state.choices) for state in states] == [0, 1, 2, 3]
+
+
+def test_a_change_that_leaves_the_limit_makes_room_for_one_that_does_not() -> None:
+    """b saves more for its loss, but leaves the limit together with a; c does not."""
+    choices = choices_of([(10.0, 0.05), (10.0, 0.06), (1.0, 0.02)])
+
+    def measure(chosen: Mapping[str, Choice]) -> float:
+        return added(chosen) + (0.05 if {"0", "1"} <= set(chosen) else 0.0)
+
+    def second(limit: float) -> set[str]:
+        return set(search(choices, measure, never, limit=limit)[2].choices)
+
+    assert second(inf) == {"0", "1"}
+    assert second(0.08) == {"0", "2"}
+
+
+def test_where_nothing_fits_the_search_goes_beyond_the_limit() -> None:
+    choices = choices_of([(1.0, 0.01), (1.0, 0.02), (1.0, 0.04)])
+    states = search(choices, added, lambda state: state.loss > 0.02, limit=0.02)
+    assert [set(state.choices) for state in states] == [set(), {"0"}, {"0", "1"}]
+
+
+def test_few_trials_are_spent_on_what_may_fit() -> None:
+    """All but the first promise to fit and do not: four are tried, and two on the way beyond."""
+    choices = choices_of([(9.0, 0.01), *((1.0 + i, 0.01) for i in range(6))])
+    tried: list[frozenset[str]] = []
+
+    def measure(chosen: Mapping[str, Choice]) -> float:
+        tried.append(frozenset(chosen))
+        return 0.01 + 0.1 * (len(chosen) - 1)
+
+    states = search(choices, measure, lambda state: state.loss > 0.1, limit=0.1)
+    assert len(tried) == len(set(tried)) == 1 + COMPETITORS * (MISSES + 1)
+    assert len(states) == 2 + COMPETITORS * MISSES + 1
+    assert all(state.loss > 0.1 for state in states[2:])
 
 
 def test_losses_below_the_resolution_are_alike() -> None:
