@@ -33,7 +33,7 @@ class Contender:
         forward: The compiled model.
         make_cache: Builds an empty static cache of a length.
         reports: What the backend reported for each graph it compiled (nbl only).
-        compile_seconds: What the calls that compiled took longer than a later one, summed.
+        compile_seconds: What the calls that compiled took longer than the next ones, summed.
     """
 
     name: str
@@ -42,20 +42,18 @@ class Contender:
     reports: list[GraphReport] = field(default_factory=list)
     compile_seconds: float = 0.0
 
-    def first_calls(self, call: Callable[[], object], count: int = 1) -> None:
-        """Make the calls that compile, and one more; book what the former took longer.
+    def first_calls(self, call: Callable[[], object]) -> None:
+        """Make the call that compiles, and one more; book what the former took longer.
 
         Args:
             call: What will be timed.
-            count: How many calls compile something: two where lengths that are kept in Python (of
-                sliding windows) are compiled as constants first.
         """
         seconds = []
-        for _ in range(count + 1):
+        for _ in range(2):
             started = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - started)
-        self.compile_seconds += max(sum(seconds[:-1]) - count * seconds[-1], 0.0)
+        self.compile_seconds += max(seconds[0] - seconds[1], 0.0)
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ def measuring() -> Iterator[None]:
     """No gradients, nothing compiled before, and no compiled code from the disk.
 
     Every point then starts from a fresh Dynamo: shapes are compiled as constants, as for a service
-    that runs one shape, and only the lengths that sliding-window layers count in Python turn
-    symbolic.
+    that runs one shape. Only the lengths that sliding-window layers count in Python are symbolic,
+    from the first step on; Dynamo would find that out by compiling every graph twice.
     """
     from torch._inductor.utils import fresh_cache
 
@@ -113,6 +111,7 @@ def measuring() -> Iterator[None]:
         torch.no_grad(),
         fresh_cache(),
         torch._dynamo.config.patch(recompile_limit=64),
+        torch.compiler.config.patch(dynamic_sources=r".*\.cumulative_length_int"),
     ):
         torch._dynamo.reset()
         yield
@@ -169,7 +168,7 @@ def decode(
     for contender in pair:
         kv = contender.make_cache(context + 2 * steps + 2)
         calls[contender.name] = decode_call(contender, kv, token, context, steps)
-        contender.first_calls(calls[contender.name], count=2)
+        contender.first_calls(calls[contender.name])
         sizes.append(cache_bytes(kv))
     times, machine = timed_with_rates(calls, rates, repeats)
     per_token = {k: Timing(tuple(r / steps for r in t.runs)) for k, t in times.items()}

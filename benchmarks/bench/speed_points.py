@@ -160,7 +160,7 @@ def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
     made = contender.made(subject, point.fraction_of(contender))
     compiled = for_speed(contender, made)
     call, kv = _call(point, subject, made, compiled)
-    compiled.first_calls(call, count=2 if point.phase == "decode" else 1)
+    compiled.first_calls(call)
     logits: list[Tensor] = []
     if kv is not None:
         kv.reset()  # value states add up what every call saw
