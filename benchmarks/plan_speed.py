@@ -18,7 +18,6 @@ from bench import quality, speed_points
 from bench.contenders import CONTENDERS, HERE, Contender, Made
 from bench.speed_points import DENSE, Point
 from bench.subjects import Subject
-from peers.int8 import int8
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from nbl_compiler.evaluation.perplexity import evaluation_rows
 from nbl_compiler.machine import Probe
 from nbl_compiler.models import hidden_size
 from nbl_compiler.plans import Plan
+from nbl_compiler.shared_copy import int8_copy
 
 
 def contenders(plan: Plan) -> list[Contender]:
@@ -38,10 +38,10 @@ def contenders(plan: Plan) -> list[Contender]:
         return Made(subject.model, plan)
 
     def int8_alone(subject: Subject, _: float) -> Made:
-        return Made(int8(subject.model), Plan())
+        return Made(int8_copy(subject.model), Plan())
 
     def on_int8(subject: Subject, _: float) -> Made:
-        return Made(int8(subject.model, leave=guarded), plan)
+        return Made(int8_copy(subject.model, leave=guarded), plan)
 
     picks = bool(guarded)
     return [

@@ -26,6 +26,7 @@ def main() -> None:
     """Plan, evaluate, measure."""
     parser = arguments(__doc__, tokens=24_576, eval_tokens=8_192)
     parser.add_argument("--max-loss", type=float, default=0.1)
+    parser.add_argument("--int8", action="store_true", help="for int8 weights")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--decode", default="512,4096", help="contexts to measure at")
     parser.add_argument("--repeats", type=int, default=5)
@@ -35,7 +36,8 @@ def main() -> None:
     subject = load(args)
     model, batches = subject.model, subject.batches()
     started = time.perf_counter()
-    front = nbl.plan(model, batches, nbl.Budget(max_loss=args.max_loss, context=args.context))
+    budget = nbl.Budget(max_loss=args.max_loss, context=args.context, int8=args.int8)
+    front = nbl.plan(model, batches, budget)
     minutes = (time.perf_counter() - started) / 60
     console = Console()
     console.print(front.table())

@@ -111,7 +111,7 @@ def measuring() -> Iterator[None]:
         torch.no_grad(),
         fresh_cache(),
         torch._dynamo.config.patch(recompile_limit=64),
-        torch.compiler.config.patch(dynamic_sources=r".*\.cumulative_length_int"),
+        torch.compiler.config.patch(dynamic_sources=r".*\.cumulative_length_int"),  # type: ignore[attr-defined]
     ):
         torch._dynamo.reset()
         yield

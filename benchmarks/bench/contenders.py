@@ -13,7 +13,6 @@ from typing import Any, Literal
 from peers import cats, teal
 from peers.attention_drop import drop, static_cache, without_attention
 from peers.flap import flap
-from peers.int8 import int8
 from peers.magnitude import magnitude
 from peers.nbl_paper import observe, published
 from peers.ria import ria
@@ -26,6 +25,7 @@ from bench.subjects import Subject
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.plans import Plan
+from nbl_compiler.shared_copy import int8_copy
 
 Family = Literal["dense", "attention", "ffn", "weights"]
 HERE, RECIPE, PACKAGE = (
@@ -202,7 +202,7 @@ def _tokens(batch: Any) -> int:
 
 def _int8_and_plan(subject: Subject, fraction: float) -> Made:
     plan = _attention(1)(subject, fraction).plan
-    return Made(int8(subject.model), plan)
+    return Made(int8_copy(subject.model), plan)
 
 
 CONTENDERS = {
@@ -252,12 +252,12 @@ CONTENDERS = {
             _guarded_random(values="predicted"), least=0.8, picks=True,
         ),
         Contender(
-            "int8", "weights", PACKAGE, lambda s, _: Made(int8(s.model)),
-            lambda m, _: Made(int8(m)),
+            "int8", "weights", PACKAGE, lambda s, _: Made(int8_copy(s.model)),
+            lambda m, _: Made(int8_copy(m)),
         ),
         Contender(
             "int8 + plan", "weights", PACKAGE + " and this one", _int8_and_plan,
-            lambda m, f: Made(int8(m), _attention_random(states=True)(m, f).plan),
+            lambda m, f: Made(int8_copy(m), _attention_random(states=True)(m, f).plan),
         ),
     )
 }  # fmt: skip

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peers.shared_copy import shared_copy
 from torch import Tensor, nn
 
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import FFN, Config
 from nbl_compiler.fingerprint import sketch
 from nbl_compiler.plans import Plan, Site
+from nbl_compiler.shared_copy import shared_copy
 
 _TEXT = (4, 128)
 """Random tokens that a guard is fitted on: enough for shapes."""

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nbl_compiler.shared_copy import shared_copy
 from peers.does_not_apply import DoesNotApply
 from peers.ffn_inputs import Batch, one_batch
-from peers.shared_copy import shared_copy
 
 
 class NoAttention(nn.Module):

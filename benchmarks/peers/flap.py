@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nbl_compiler.shared_copy import shared_copy
 from peers.ffn_inputs import Batch, visit_ffns
 from peers.ffn_modules import FFNModules, find_ffns
-from peers.shared_copy import shared_copy
 from peers.structured import keep_neurons
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from nbl_compiler.shared_copy import shared_copy
 from peers.ffn_modules import FFNModules, find_ffns
-from peers.shared_copy import shared_copy
 from peers.structured import keep_neurons
 
 

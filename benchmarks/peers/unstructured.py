@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nbl_compiler.shared_copy import shared_copy
 from peers.ffn_inputs import Batch, visit_ffns
 from peers.ffn_modules import FFNModules
-from peers.shared_copy import shared_copy
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(weight [n, d], ‖x_j‖ of each input [d]) → scores [n, d]."""

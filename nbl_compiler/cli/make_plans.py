@@ -122,6 +122,9 @@ def plan_for_budget(
     context: Annotated[int, typer.Option(help="Tokens in the cache, or in the prompt.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 1,
     phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Weights will be held as torchao's int8.")
+    ] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time every kind of site.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the front, as front.svg.")] = None,
     dtype: Dtype = "float32",
@@ -135,7 +138,7 @@ def plan_for_budget(
     from nbl_compiler.planning.plan_for_budget import plan as run
     from nbl_compiler.text import TextSource, token_batches
 
-    budget = Budget(share(max_loss), speedup, context, batch, phase)  # type: ignore[arg-type]
+    budget = Budget(share(max_loss), speedup, context, batch, phase, int8)  # type: ignore[arg-type]
     check_folder(plan)
     if plot is not None:
         check_folder(plot)

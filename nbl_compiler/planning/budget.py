@@ -23,6 +23,9 @@ class Budget:
             ``phase="prefill"``.
         batch: Number of sequences.
         phase: ``"decode"`` (one token a sequence) or ``"prefill"``.
+        int8: The linear layers will be held as torchao's int8 weights when the plan runs. Steps
+            cost what they cost then; speed-ups are over the model as it was loaded. What rounding
+            to int8 itself loses is not part of the loss.
 
     Raises:
         ConfigError: unless exactly one of ``max_loss`` and ``speedup`` is given, and in range.
@@ -33,6 +36,7 @@ class Budget:
     context: int = 2048
     batch: int = 1
     phase: Literal["decode", "prefill"] = "decode"
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if (self.max_loss is None) == (self.speedup is None):
@@ -49,6 +53,12 @@ class Budget:
                 raise ConfigError(f"Budget: {name}={value!r} must be an integer of at least 1")
         if self.phase not in ("decode", "prefill"):
             raise ConfigError(f"Budget: phase={self.phase!r} must be 'decode' or 'prefill'")
+        if not isinstance(self.int8, bool):
+            raise ConfigError(f"Budget: int8={self.int8!r} must be True or False")
+
+    def __str__(self) -> str:
+        held = ", int8 weights" if self.int8 else ""
+        return f"{self.phase}, {self.context:,} tokens of context, batch {self.batch}{held}"
 
 
 STATIC = FFN(keep=0.5)
@@ -88,10 +98,11 @@ class Space:
         """Return the space without forms that cannot make the budget's step faster.
 
         Args:
-            budget: Says how many tokens a step has.
+            budget: Says how many tokens a step has. Guards gather rows of float weights.
         """
         tokens = budget.batch * (1 if budget.phase == "decode" else budget.context)
-        return cls(ffns=(GUARDED if tokens <= GUARD_TOKENS else STATIC,))
+        guards = tokens <= GUARD_TOKENS and not budget.int8
+        return cls(ffns=(GUARDED if guards else STATIC,))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ffns", tuple(self.ffns))

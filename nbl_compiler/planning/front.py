@@ -68,9 +68,7 @@ class Front:
 
     def table(self) -> Table:
         """Return one row a point; the chosen one is marked."""
-        asked = self.budget
-        what = f"{asked.phase}, {asked.context:,} tokens of context, batch {asked.batch}"
-        table = Table(title=f"plans for {what}", title_justify="left")
+        table = Table(title=f"plans for {self.budget}", title_justify="left")
         for name in ("", "loss", "speed-up", "MB less a token"):
             table.add_column(name, justify="right")
         table.add_column("sites")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from nbl_compiler.batches import Batch
 from nbl_compiler.calibration import Calibrated, all_but_last, observe_forms
 from nbl_compiler.config import FFN, Config
+from nbl_compiler.cost import Machine
 from nbl_compiler.errors import CalibrationError, ConfigError
 from nbl_compiler.ffn.stand_in import folded_ffn
 from nbl_compiler.loss_trial import Trial
@@ -28,6 +29,7 @@ from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
 from nbl_compiler.select import attention_site, ffn_site
 from nbl_compiler.several_processes import several_processes
+from nbl_compiler.shared_copy import int8_copy
 from nbl_compiler.trial_text import kinds_of_text
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
@@ -83,6 +85,9 @@ def plan(
     if several_processes():  # they would measure different machines, and search different ways
         raise ConfigError("plan runs in one process; give its plan to the others")
     space = space or Space.suited_to(budget)
+    guarded = any(form.guard != "off" for form in space.ffns)
+    if budget.int8 and guarded:
+        raise ConfigError("Space: guarded FFNs gather rows of float weights; not with int8=True")
     model = getattr(model, "_orig_mod", model)
     aside: list[dict[str, Any]] = []
     kept = all_but_last(model, batches, aside)
@@ -93,17 +98,12 @@ def plan(
     settings = _settings(found, space)
     if not any(setting.sites for setting in settings):
         raise CalibrationError("no site of this model can be rewritten by any of the settings")
-    guarded = any(form.guard != "off" for form in space.ffns)
-    machine = measure_machine(width=hidden_size(model), codes=guarded)
-    dense = step_cost(model, Plan(), budget, machine, measure=measure)
-    costs = {
-        s.name: step_cost(model, _plan(found, s.sites), budget, machine, measure=measure)
-        for s in settings
-    }
+    machine = measure_machine(width=hidden_size(model), codes=guarded or budget.int8)
+    dense, costs = _costs(model, found, settings, budget, machine, measure)
     trial = _trial(model, found[0], aside, residual=_reads_residual(space))
     tried, states = _search(settings, dense, costs, trial, budget, progress)
     front = pareto(states)
-    points = tuple(_point(state, _loss(state, trial), settings, dense) for state in front)
+    points = tuple(_point(state, _loss(state, trial), settings, dense, budget) for state in front)
 
     def plan_at(index: int) -> Plan:
         return _chosen_plan(found, settings, front[index])
@@ -112,6 +112,30 @@ def plan(
     made = plan_at(chosen)
     attach(model, made)
     return Front(points, budget, chosen, made, plan_at, tuple(tried))
+
+
+def _costs(
+    model: nn.Module,
+    found: Sequence[Calibrated],
+    settings: Sequence[_Setting],
+    budget: Budget,
+    machine: Machine,
+    measure: bool,
+) -> tuple[StepCost, dict[str, StepCost]]:
+    """Return what the step costs dense, and with each setting wherever it goes.
+
+    With int8 weights the dense step is that of the int8 model, but for the time of the model that
+    speed-ups are over.
+    """
+    runs = int8_copy(model) if budget.int8 else model
+    dense = step_cost(runs, Plan(), budget, machine, measure=measure)
+    if budget.int8:
+        dense = replace(dense, dense=step_cost(model, Plan(), budget, machine).dense)
+    plans = {s.name: _plan(found, s.sites) for s in settings}
+    return dense, {
+        name: step_cost(runs, plan, budget, machine, measure=measure)
+        for name, plan in plans.items()
+    }
 
 
 def _reads_residual(space: Space) -> bool:
@@ -233,14 +257,17 @@ def _speedup(state: State, dense: StepCost) -> float:
     return dense.dense / (dense.total - state.seconds)
 
 
-def _point(state: State, loss: float, settings: Sequence[_Setting], dense: StepCost) -> Point:
+def _point(
+    state: State, loss: float, settings: Sequence[_Setting], dense: StepCost, budget: Budget
+) -> Point:
     by_name = {setting.name: setting for setting in settings}
     saved = 0
     for site, choice in state.choices.items():
         made = by_name[choice.setting].sites[site]
         saved += made.details["parameters"] - made.parameters_read
     choices = {site: choice.setting for site, choice in state.choices.items()}
-    return Point(loss, _speedup(state, dense), choices, 4 * saved)
+    size = 1 if budget.int8 else 4
+    return Point(loss, _speedup(state, dense), choices, size * saved)
 
 
 def _chosen_plan(found: Sequence[Calibrated], settings: Sequence[_Setting], state: State) -> Plan:

@@ -9,7 +9,6 @@ from models.architectures import inputs, make
 from peers.attention_drop import drop, importances, static_cache, without_attention
 from peers.does_not_apply import DoesNotApply
 from peers.nbl_paper import observe, published
-from peers.shared_copy import shared_copy
 from peers.stored_statistics import stored_statistics
 from transformers import StaticCache
 
@@ -18,6 +17,7 @@ from nbl_compiler import speed
 from nbl_compiler.calibration import observe_model
 from nbl_compiler.evaluation.dropping import dropping
 from nbl_compiler.kv_cache import cache_bytes
+from nbl_compiler.shared_copy import shared_copy
 
 
 def test_a_shared_copy_shares_parameters_and_nothing_else() -> None:

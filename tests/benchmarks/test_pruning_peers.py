@@ -13,11 +13,12 @@ from peers.flap import flap
 from peers.magnitude import magnitude
 from peers.ria import ria
 from peers.ria import score as ria_score
-from peers.shared_copy import shared_copy
 from peers.structured import keep_neurons
 from peers.wanda import score as wanda_score
 from peers.wanda import wanda
 from torch import Tensor, nn
+
+from nbl_compiler.shared_copy import shared_copy
 
 
 def projections(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from helpers.tiny import text, tiny
+from helpers.tiny import compiled, text, tiny
 from torch import nn
 from torch.fx import GraphModule
 
@@ -16,9 +16,12 @@ import nbl_compiler as nbl
 from nbl_compiler import site_timing
 from nbl_compiler.cost import Machine
 from nbl_compiler.errors import ConfigError, NBLWarning
+from nbl_compiler.int8_weights import is_quantized
+from nbl_compiler.planning import plan_for_budget
 from nbl_compiler.planning.costs import step_cost
 from nbl_compiler.planning.front import Point, pick
 from nbl_compiler.plans import Plan
+from nbl_compiler.shared_copy import int8_copy
 
 CONTEXT = 64
 # float32 forward passes of a tiny model, compared through a softmax
@@ -157,6 +160,34 @@ def test_measured_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(made.after) == set(dense.before)
 
 
+def test_a_plan_for_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps cost what they do on the quantized model; the plan is calibrated on the float one."""
+    model, batches = tiny(layers=1), [text(batch=8, length=64, seed=seed) for seed in range(2)]
+    machine = Machine(1e9, 1e12, 1e9, 1e9)
+    monkeypatch.setattr(plan_for_budget, "measure_machine", lambda **_: machine)
+    budget = nbl.Budget(max_loss=0.5, context=CONTEXT, int8=True)
+    found = nbl.plan(model, batches, budget, progress=False)
+    assert "decode, 64 tokens of context, batch 1, int8 weights" in str(found)
+    assert not any(is_quantized(parameter) for parameter in model.parameters())
+    quantized = int8_copy(model)
+    loaded, held = (step_cost(m, Plan(), budget, machine) for m in (model, quantized))
+    assert found.points[0].speedup == pytest.approx(loaded.dense / held.total)
+    assert all(0 < choice.seconds < held.before[choice.site] for choice in found.tried)
+    assert held.before.keys() == loaded.before.keys()
+    assert all(held.before[name] < loaded.before[name] for name in loaded.before)
+    assert found.chosen > 0
+    with torch.no_grad():
+        run = compiled(quantized, plan=found.plan, strict=True)(text())
+    assert run.logits.isfinite().all()
+
+
+def test_guards_are_not_planned_for_int8_weights() -> None:
+    budget = nbl.Budget(speedup=2.0, int8=True)
+    assert [form.guard for form in nbl.Space.suited_to(budget).ffns] == ["off"]
+    with pytest.raises(ConfigError, match="guarded FFNs gather rows of float weights"):
+        nbl.plan(tiny(), [text()], budget, nbl.Space())
+
+
 def points(*pairs: tuple[float, float]) -> list[Point]:
     return [Point(loss, speedup, {}, 0) for loss, speedup in pairs]
 
@@ -180,6 +211,7 @@ def test_what_budgets_pick() -> None:
         ({"speedup": 1.0}, "speedup=1.0 must exceed 1"),
         ({"speedup": 2.0, "context": 0}, "context=0 must be an integer of at least 1"),
         ({"speedup": 2.0, "batch": 1.5}, "batch=1.5 must be an integer"),
+        ({"speedup": 2.0, "int8": 1}, "int8=1 must be True or False"),
         ({"speedup": 2.0, "phase": "train"}, "phase='train' must be 'decode' or 'prefill'"),
     ],
 )
