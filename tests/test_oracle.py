@@ -13,7 +13,6 @@ import torch
 from helpers.generating import PADDING, STEPS
 from helpers.recording import rewritten
 from helpers.scenarios import (
-    KINDS_OF_CACHES,
     Run,
     compile_with,
     decoding,
@@ -24,6 +23,7 @@ from helpers.scenarios import (
     main_output,
     one_pass,
     subject,
+    usual_caches,
 )
 from models.architectures import ARCHITECTURES, BY_NAME, SLIDING_WINDOW
 
@@ -64,16 +64,14 @@ DECODERS = of_kind("decoder")
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_pass(name: str) -> None:
+    """Of decoders the map reads the block's input here, before its norm (where there is one)."""
     for implementation in BY_NAME[name].implementations:
         assert_equal_within_rounding(one_pass(name, implementation))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", of_kind("encoder", "vision", "encoder-decoder"))
 def test_residual_input_of_another_shape(name: str) -> None:
-    """The map reads the block's input, before its norm (where there is one).
-
-    One graph with symbolic shapes, used for two shapes.
-    """
+    """One graph with symbolic shapes, used for two shapes."""
     assert_equal_within_rounding(dynamic_run(name, preferred(name), input="residual"))
 
 
@@ -107,23 +105,14 @@ def test_encoders_with_padding(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache"])
-def test_greedy_decoding_of_padded_prompts(name: str, cache: str) -> None:
-    """Three rows with left padding, 32 steps; the layer that counts positions is linear."""
-    run = decoding(name, preferred(name), cache)
-    assert run.logits.shape[:2] == (len(PADDING), STEPS + 1)
-    assert_equal_within_rounding(run)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoding_with_eager_attention(name: str) -> None:
-    assert_equal_within_rounding(decoding(name, "eager", "StaticCache"))
-
-
-@pytest.mark.parametrize("name", [p for p in DECODERS if p.values[0] in KINDS_OF_CACHES])
-def test_decoding_with_the_plans_own_cache(name: str) -> None:
-    assert_equal_within_rounding(decoding(name, preferred(name), "nbl static"))
-    assert_equal_within_rounding(decoding(name, preferred(name), "nbl dynamic"))
+def test_decoding(name: str) -> None:
+    """With the first spelling and the caches of transformers: three rows with left padding, 32
+    steps; the layer that counts positions is linear."""
+    for implementation, cache in usual_caches(name):
+        run = decoding(name, implementation, cache)
+        if implementation == preferred(name) and not cache.startswith("nbl"):
+            assert run.logits.shape[:2] == (len(PADDING), STEPS + 1)
+        assert_equal_within_rounding(run)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "deepseek_v3"])

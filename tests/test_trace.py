@@ -7,9 +7,10 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from helpers.plans import random_plan
 from helpers.tiny import compiled, output, text, tiny
 from models.architectures import BY_NAME, HIDDEN
@@ -30,12 +31,30 @@ def plan_for(model: object) -> nbl.Plan:
     return random_plan(model, BY_NAME["llama"].site_names(2), [1], HIDDEN)  # type: ignore[arg-type]
 
 
-def test_the_log_says_what_happened_to_every_graph(caplog: pytest.LogCaptureFixture) -> None:
+@contextmanager
+def listening(level: int) -> Iterator[list[logging.LogRecord]]:
+    """Collect what the package logs at a level and above."""
+    records: list[logging.LogRecord] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    logger, listener = logging.getLogger("nbl_compiler"), Listener()
+    before = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(level)
+    yield records
+    logger.setLevel(before)
+    logger.removeHandler(listener)
+
+
+def test_the_log_says_what_happened_to_every_graph() -> None:
     model = tiny()
     plan = plan_for(model)
-    with caplog.at_level(logging.DEBUG, logger="nbl_compiler"):
+    with listening(logging.DEBUG) as records:
         output(compiled(model, plan=plan), text())
-    lines = [r.getMessage() for r in caplog.records if r.name == "nbl_compiler.trace"]
+    lines = [r.getMessage() for r in records if r.name == "nbl_compiler.trace"]
     assert f"plan {plan.digest[:16]}; 4 sites match, 1 are rewritten" in lines[0]
     assert "  rewritten model.layers.1.self_attn" in lines
     (left,) = [line for line in lines if "left alone model.layers.0.self_attn" in line]
@@ -44,10 +63,10 @@ def test_the_log_says_what_happened_to_every_graph(caplog: pytest.LogCaptureFixt
     assert "graph after the passes" in lines[-1]
 
 
-def test_the_log_is_silent_by_default(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="nbl_compiler"):
+def test_the_log_is_silent_by_default() -> None:
+    with listening(logging.WARNING) as records:
         output(compiled(tiny(), plan=nbl.Plan()), text())
-    assert not [r for r in caplog.records if r.name.startswith("nbl_compiler")]
+    assert records == []
 
 
 def run(**variables: str) -> str:

@@ -167,10 +167,27 @@ def one_pass(name: str, implementation: str) -> Run:
     """Return the family's usual run without a cache.
 
     A family's first spelling of attention is traced for one shape, the others with symbolic sizes.
+    Of decoders, whose runs with a cache do the former too, the first one reads the residual stream
+    and has symbolic sizes as well.
     """
-    if implementation == BY_NAME[name].implementations[0]:
-        return full_run(name, implementation)
-    return dynamic_run(name, implementation)
+    if implementation != BY_NAME[name].implementations[0]:
+        return dynamic_run(name, implementation)
+    if BY_NAME[name].kind == "decoder":
+        return dynamic_run(name, implementation, input="residual")
+    return full_run(name, implementation)
+
+
+def usual_caches(name: str) -> tuple[tuple[str, str], ...]:
+    """Return the pairs (spelling of attention, cache) that a decoder is run with.
+
+    All of them where the cache is of a kind of its own, else each spelling with another cache.
+    """
+    first, *others = BY_NAME[name].implementations
+    if name in KINDS_OF_CACHES:
+        return (*((first, c) for c in CACHES), *((other, "StaticCache") for other in others))
+    if not others:
+        return ((first, "DynamicCache"), (first, "StaticCache"))
+    return ((first, "DynamicCache"), *((other, "StaticCache") for other in others))
 
 
 def full_inputs(name: str, **shape: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.generating import BATCH, PROMPT
-from helpers.scenarios import CACHES, KINDS_OF_CACHES, LAYERS, Run, decoding
+from helpers.scenarios import LAYERS, Run, decoding, usual_caches
 from models.architectures import ARCHITECTURES, SLIDING_WINDOW
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -14,16 +14,11 @@ import nbl_compiler as nbl
 from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight, module_path
 
-DECODERS = [
-    pytest.param(a.name, a.implementations[0], marks=pytest.mark.xdist_group(a.name))
+WITH_CACHES = [
+    pytest.param(a.name, *pair, marks=pytest.mark.xdist_group(a.name))
     for a in ARCHITECTURES
     if a.kind == "decoder"
-]
-WITH_CACHES = [
-    pytest.param(*p.values, cache, id=f"{p.values[0]}-{cache}", marks=p.marks)
-    for p in DECODERS
-    for cache in CACHES
-    if not cache.startswith("nbl") or p.values[0] in KINDS_OF_CACHES
+    for pair in usual_caches(a.name)
 ]
 # Everything that computes, stores or mixes keys and values, in any family's spelling.
 STORING = {"index_copy_", "copy_", "cat", "roll", "setitem", "absent_kv"}
@@ -113,10 +108,14 @@ def test_the_plans_own_cache_stores_nothing(name: str, implementation: str, cach
     assert nbl.cache_bytes(run.cache) == expected > 0
 
 
-@pytest.mark.parametrize(("name", "implementation"), DECODERS)
-def test_a_growing_cache_holds_one_element_for_the_length(name: str, implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "implementation", "cache"), [p for p in WITH_CACHES if p.values[2] == "DynamicCache"]
+)
+def test_a_growing_cache_holds_one_element_for_the_length(
+    name: str, implementation: str, cache: str
+) -> None:
     """transformers reads the length of a ``DynamicCache`` off the shape of its keys."""
-    run = decoding(name, implementation, "DynamicCache")
+    run = decoding(name, implementation, cache)
     linear = run.cache.layers[0]
     assert linear.keys.shape[0] == BATCH
     assert storage_bytes(linear.keys) == storage_bytes(linear.values) == linear.keys.element_size()

@@ -107,7 +107,7 @@ def test_a_plain_block_matches_exactly_once(form: Form) -> None:
 
 
 @pytest.mark.parametrize("look_alike", LOOK_ALIKES, ids=lambda one: one.kind.__name__)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.data())
 def test_a_look_alike_is_left_as_it_is(look_alike: LookAlike, data: st.DataObject) -> None:
     form = look_alike.fit(data.draw(forms()))

@@ -21,6 +21,7 @@ from helpers.scenarios import (
     main_output,
     one_pass,
     subject,
+    usual_caches,
 )
 from helpers.surgery import linearize_by_surgery
 from models.architectures import ARCHITECTURES, BY_NAME
@@ -35,14 +36,16 @@ SPELLINGS = [
     for a in ARCHITECTURES
     for i in a.implementations
 ]
-FAMILIES = [pytest.param(a.name, marks=pytest.mark.xdist_group(a.name)) for a in ARCHITECTURES]
+OTHERS = [
+    pytest.param(a.name, marks=pytest.mark.xdist_group(a.name))
+    for a in ARCHITECTURES
+    if a.kind != "decoder"
+]
 DECODERS = [
-    pytest.param(*p.values, cache, id=f"{p.id}-{cache}", marks=p.marks)
-    for p in SPELLINGS
-    for cache in ("StaticCache", "DynamicCache")
-    if BY_NAME[str(p.values[0])].kind == "decoder"
-    # How a cache grows does not depend on the spelling.
-    and (cache == "StaticCache" or p.values[1] == BY_NAME[str(p.values[0])].implementations[0])
+    pytest.param(a.name, *pair, marks=pytest.mark.xdist_group(a.name))
+    for a in ARCHITECTURES
+    if a.kind == "decoder"
+    for pair in usual_caches(a.name)
 ]
 TRANSLATORS = [p for p in SPELLINGS if BY_NAME[str(p.values[0])].kind == "encoder-decoder"]
 
@@ -100,7 +103,7 @@ def _bare(name: str) -> str:
     return name.replace("_", "").replace(".", "").lower()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OTHERS)
 def test_residual_input_with_dynamic_shapes(name: str) -> None:
     run = dynamic_run(name, BY_NAME[name].implementations[0], input="residual")
     assert len(run.graphs) == 1, "a second shape must not compile again"
