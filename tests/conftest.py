@@ -47,9 +47,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def collected() -> Iterator[None]:
-    """Free what compiling left in reference cycles; over the whole suite that is gigabytes."""
+    """Free what compiling left in reference cycles; over the whole suite that is gigabytes.
+
+    What is still alive then is kept by caches to the end, and no longer looked at.
+    """
     yield
     gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
