@@ -51,8 +51,8 @@ _STEP = Point("decode", 2048, repeats=5)
 SHORT = Profile(
     quality={
         _GEMMA: [
-            (("attention dropped", "NBL, published", "value taps"), (0.25,)),
-            (("Wanda", "FLAP", "TEAL", "keep+fold"), (0.5,)),
+            (("attention dropped", "NBL, published", "value taps"), (0.125,)),
+            (("FLAP", "keep+fold"), (0.5,)),
             (("guarded",), (0.8,)),
         ]
     },
