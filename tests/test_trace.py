@@ -44,9 +44,11 @@ def listening(level: int) -> Iterator[list[logging.LogRecord]]:
     before = logger.level
     logger.addHandler(listener)
     logger.setLevel(level)
-    yield records
-    logger.setLevel(before)
-    logger.removeHandler(listener)
+    try:
+        yield records
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(listener)
 
 
 def test_the_log_says_what_happened_to_every_graph() -> None:

@@ -7,14 +7,17 @@ from collections.abc import Iterable
 from bench.results import Row
 from bench.tables import column, distinct, markdown, of_kind, value
 
-FASTER = ("attention dropped", "NBL", "value taps", "magnitude", "keep+fold", "guarded")
+FASTER = (
+    "empty plan", "attention dropped", "NBL", "value taps", "magnitude", "keep+fold", "guarded",
+)  # fmt: skip
 LOSSES = (
     "attention dropped", "NBL, published", "NBL", "value taps", "magnitude", "FLAP", "Wanda", "RIA",
     "TEAL", "CATS", "keep+fold", "guarded",
 )  # fmt: skip
 _OPENING = (
-    "Next to other ways to the same end, in one run of [the benchmark](docs/bench.md) "
-    "(`make bench`):"
+    "Next to other ways to the same end, all of a row in turns in one process, by "
+    "[the benchmark](docs/bench.md) (`make bench`, and `make bench BENCH=sweep` for further "
+    "contexts; an empty plan rewrites nothing, but streams the products of few tokens):"
 )
 DTYPE, BATCH, FRACTION = "float32", 1, 0.5
 

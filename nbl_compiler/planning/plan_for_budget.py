@@ -87,7 +87,10 @@ def plan(
     space = space or Space.suited_to(budget)
     guarded = any(form.guard != "off" for form in space.ffns)
     if budget.int8 and guarded:
-        raise ConfigError("Space: guarded FFNs gather rows of float weights; not with int8=True")
+        raise ConfigError(
+            "Space: guarded FFNs gather rows of float weights; with Budget(int8=True) give ffns "
+            'with guard="off"'
+        )
     model = getattr(model, "_orig_mod", model)
     aside: list[dict[str, Any]] = []
     kept = all_but_last(model, batches, aside)
@@ -130,7 +133,8 @@ def _costs(
     runs = int8_copy(model) if budget.int8 else model
     dense = step_cost(runs, Plan(), budget, machine, measure=measure)
     if budget.int8:
-        dense = replace(dense, dense=step_cost(model, Plan(), budget, machine).dense)
+        loaded = step_cost(model, Plan(), budget, machine, measure=measure)
+        dense = replace(dense, dense=loaded.dense)
     plans = {s.name: _plan(found, s.sites) for s in settings}
     return dense, {
         name: step_cost(runs, plan, budget, machine, measure=measure)
