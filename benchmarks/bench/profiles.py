@@ -79,6 +79,26 @@ SWEEP = Profile(
 """Decode alone, over contexts and batches, by those of the short form: about half an hour."""
 
 
+QUALITY = Profile(
+    quality={
+        _GEMMA: [
+            (ATTENTION, (0.25,)),
+            ((*PRUNING, "keep+fold"), (0.5,)),
+            (("guarded", "guarded, predicted values"), (0.8,)),
+            (("int8",), (0.0,)),
+            (("int8 + plan",), (0.25,)),
+        ]
+    },
+    embeddings=[
+        ((*PRUNING, "keep+fold"), (0.5,)),
+        (("TARDIS, published", "guarded", "guarded, predicted values"), (0.8,)),
+        (("int8",), (0.0,)),
+    ],
+    speed={},
+)
+"""Everyone's quality, each at one fraction."""
+
+
 def _sweep(prompts: Sequence[int]) -> list[Point]:
     """Return decode over contexts, batches and fractions, prefill over prompts, and bfloat16.
 
@@ -152,4 +172,4 @@ TINY = Profile(
 )
 """Runs in minutes, says nothing: to see that everything works."""
 
-PROFILES = {"short": SHORT, "sweep": SWEEP, "long": LONG, "tiny": TINY}
+PROFILES = {"short": SHORT, "sweep": SWEEP, "quality": QUALITY, "long": LONG, "tiny": TINY}
