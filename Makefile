@@ -18,19 +18,25 @@ help:  ## Show this list
 
 install: $(STAMP)  ## Make the virtual environment and install the package with its extras
 
-# torch first and on its own: pinned, so that nothing pulls another build of it.
+# torch first and on its own: pinned, so that nothing pulls another build of it. What is never
+# imported need not be compiled to bytecode.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,bench,dev]"
+	$(BIN)/pip install --quiet --no-compile "torch==$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[demo,bench,dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Calibrate, compile and compare a real pretrained model (Gemma-3-270M)
 	$(BIN)/nbl demo
 
 # One worker a core, one thread each: the tests are many small graphs.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+	$(PYTEST)
+
+test-thorough: $(STAMP)  ## The same, and every pair of families, spellings, caches and forms
+	$(PYTEST) -m ""
 
 # vLLM's CPU build works with this torch; torchvision, torchaudio and torchcodec, which it asks for,
 # come built for another one and must not be there to be imported.

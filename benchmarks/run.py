@@ -165,8 +165,8 @@ def _speed(
             )
         return rates[dtype]
 
-    who = [CONTENDERS[name] for name in timed]
     for number, point in enumerate(points):
+        who = [CONTENDERS[name] for name in timed if point.only is None or name in point.only]
         names = [point.name(model, contender) for contender in who]
         if all(name in results.rows for name in names):
             continue

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 import transformers
 from hypothesis import HealthCheck, settings
+from models.architectures import BY_NAME
 
 settings.register_profile(
     "nbl",
@@ -25,14 +26,26 @@ transformers.logging.set_verbosity_error()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by file, if they have no group: a file's scenarios are computed once.
+    """Group tests by family, else by file, if they have no group: scenarios are computed once.
 
-    Begin with the real models: one worker runs them all, which no other should wait for.
+    Begin with the real models, which one worker runs, and end with the folders, whose tests are
+    short: else one worker waits for the other.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("pretrained") is None)
+            item.add_marker(pytest.mark.xdist_group(_family(item) or item.path.name))
+    items.sort(key=lambda item: (item.get_closest_marker("pretrained") is None, _depth(item)))
+
+
+def _family(item: pytest.Item) -> str | None:
+    """Return the family of models that a test is a parameter's value for."""
+    called = getattr(item, "callspec", None)
+    name = called.params.get("name") if called else None
+    return name if isinstance(name, str) and name in BY_NAME else None
+
+
+def _depth(item: pytest.Item) -> int:
+    return len(item.path.parts)
 
 
 def pytest_collection_finish() -> None:
@@ -54,6 +67,16 @@ def collected() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fixed_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans be made for a machine that nobody measures: probes are compiled by Inductor."""
+    from nbl_compiler.cost import Machine
+    from nbl_compiler.planning import plan_for_budget
+
+    machine = Machine(1e9, 1e10, 2e9, 2e9)
+    monkeypatch.setattr(plan_for_budget, "measure_machine", lambda **_: machine)
 
 
 @pytest.fixture(autouse=True)

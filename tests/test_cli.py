@@ -46,6 +46,7 @@ def test_calibrate_folds_ffns_as_well(monkeypatch, capsys, folder, tmp_path):
     assert len(plan.sites) == 8
 
 
+@pytest.mark.usefixtures("fixed_rates")
 def test_plan_writes_what_the_budget_picks(monkeypatch, capsys, folder, tmp_path):
     path, plot = tmp_path / "plan.safetensors", tmp_path / "front.svg"
     words = ("--max-loss", "30%", "--context", 64, "--tokens", 2048, "--plot", plot, "--json")

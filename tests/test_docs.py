@@ -62,6 +62,7 @@ def test_what_a_plan_costs(folder: Path) -> None:
     assert [row.length for row in ran["found"].lengths] == [64, 128]
 
 
+@pytest.mark.usefixtures("fixed_rates")
 def test_value_states_planning_and_refit() -> None:
     model = tiny(layers=2)
     batches = [text(batch=8, length=64, seed=seed) for seed in range(4)]

@@ -59,6 +59,7 @@ def own_copy(one: Subject) -> tuple[nn.Module, dict[str, Any]]:
 
 
 CACHES = ("default", "static", "nbl static", "nbl dynamic")
+thorough = pytest.mark.thorough
 
 
 def cache_arguments(one: Subject, kind: str) -> dict[str, Any]:
@@ -101,8 +102,14 @@ def assert_linearized(made: Generated, name: str) -> None:
     assert (made[1] - dense(name)[1]).abs().max() > 1  # the plan's maps do matter
 
 
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(pytest.param("llama", kind, marks=thorough) for kind in CACHES),
+        *(("gemma3", kind) for kind in CACHES if kind != "static"),
+        pytest.param("gemma3", "static", marks=thorough),
+    ],
+)
 def test_a_compiled_forward(name: str, kind: str) -> None:
     one = subject(name, "sdpa")
     assert_linearized(
@@ -110,18 +117,29 @@ def test_a_compiled_forward(name: str, kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "default"), ("gemma3", "nbl static")])
-@pytest.mark.parametrize("how", [compiled_in_place, compiled_module])
-def test_a_compiled_model(how: Compile, name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "how"),
+    [
+        ("llama", "default", compiled_in_place),
+        ("gemma3", "nbl static", compiled_module),
+        pytest.param("llama", "default", compiled_module, marks=thorough),
+        pytest.param("gemma3", "nbl static", compiled_in_place, marks=thorough),
+    ],
+)
+def test_a_compiled_model(name: str, kind: str, how: Compile) -> None:
     one = subject(name, "sdpa")
     assert_linearized(run(how(*own_copy(one)), name, **cache_arguments(one, kind)), name)
 
 
-@pytest.mark.parametrize("kind", ["default", "nbl dynamic"])
 @pytest.mark.parametrize(
-    "more",
-    [{"num_beams": 2}, {"prefill_chunk_size": 4}],
-    ids=lambda more: next(iter(more)),
+    ("more", "kind"),
+    [
+        ({"num_beams": 2}, "nbl dynamic"),
+        ({"prefill_chunk_size": 4}, "default"),
+        pytest.param({"num_beams": 2}, "default", marks=thorough),
+        pytest.param({"prefill_chunk_size": 4}, "nbl dynamic", marks=thorough),
+    ],
+    ids=str,
 )
 def test_other_ways_to_generate(more: dict[str, Any], kind: str) -> None:
     """Beams reorder the cache; a prompt in chunks meets a cache that is partly filled."""
@@ -189,8 +207,15 @@ def test_a_compile_config_reaches_decoding_only() -> None:
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 
-@pytest.mark.parametrize("backend", ["eager", "nbl"])
-@pytest.mark.parametrize("how", [compiled_forward, compiled_in_place])
+@pytest.mark.parametrize(
+    ("how", "backend"),
+    [
+        (compiled_forward, "nbl"),
+        (compiled_in_place, "eager"),
+        pytest.param(compiled_forward, "eager", marks=thorough),
+        pytest.param(compiled_in_place, "nbl", marks=thorough),
+    ],
+)
 def test_transformers_compiling_on_top_loses_no_site(how: Compile, backend: str) -> None:
     """As ``generate`` does on a GPU with a static cache, unasked."""
     one = subject("llama", "sdpa")
@@ -205,7 +230,10 @@ def test_transformers_compiling_on_top_loses_no_site(how: Compile, backend: str)
 # How often Dynamo compiles.
 
 
-@pytest.mark.parametrize(("kind", "count"), [("default", 4), ("static", 3), ("nbl static", 3)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("default", 4), pytest.param("static", 3, marks=thorough), ("nbl static", 3)],
+)
 def test_a_sliding_window_is_compiled_for_a_few_states_only(kind: str, count: int) -> None:
     """The prompt, a window that fills, a full one; a growing cache has one more: two lengths."""
     one = subject("gemma3", "sdpa")
@@ -215,7 +243,7 @@ def test_a_sliding_window_is_compiled_for_a_few_states_only(kind: str, count: in
     assert len(graphs) == count
 
 
-@pytest.mark.parametrize("kind", ["default", "static"])
+@pytest.mark.parametrize("kind", [pytest.param("default", marks=thorough), "static"])
 def test_no_more_graphs_than_the_dense_model(kind: str) -> None:
     one = subject("gemma3", "sdpa")
     model, options = own_copy(one)

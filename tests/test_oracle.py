@@ -15,6 +15,7 @@ from helpers.recording import rewritten
 from helpers.scenarios import (
     Run,
     compile_with,
+    decoder_parameters,
     decoding,
     dynamic_run,
     full_inputs,
@@ -22,8 +23,8 @@ from helpers.scenarios import (
     generation,
     main_output,
     one_pass,
+    spelling_parameters,
     subject,
-    usual_caches,
 )
 from models.architectures import ARCHITECTURES, BY_NAME, SLIDING_WINDOW
 
@@ -58,15 +59,13 @@ def assert_equal_within_rounding(run: Run, tolerance: float = ROUNDING) -> None:
     assert (run.dense - run.expected).abs().max() > MATTERS * scale
 
 
-ALL = of_kind("decoder", "encoder", "vision", "encoder-decoder")
-DECODERS = of_kind("decoder")
+thorough = pytest.mark.thorough
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_one_pass(name: str) -> None:
+@pytest.mark.parametrize(("name", "implementation"), spelling_parameters())
+def test_one_pass(name: str, implementation: str) -> None:
     """Of decoders the map reads the block's input here, before its norm (where there is one)."""
-    for implementation in BY_NAME[name].implementations:
-        assert_equal_within_rounding(one_pass(name, implementation))
+    assert_equal_within_rounding(one_pass(name, implementation))
 
 
 @pytest.mark.parametrize("name", of_kind("encoder", "vision", "encoder-decoder"))
@@ -75,8 +74,8 @@ def test_residual_input_of_another_shape(name: str) -> None:
     assert_equal_within_rounding(dynamic_run(name, preferred(name), input="residual"))
 
 
-@pytest.mark.parametrize("cache", ["StaticCache", "nbl static"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("cache", ["StaticCache", pytest.param("nbl static", marks=thorough)])
+@pytest.mark.parametrize("name", ["llama", "gemma3", pytest.param("gpt_neox", marks=thorough)])
 def test_residual_input_with_a_cache(name: str, cache: str) -> None:
     run = generation(name, preferred(name), cache, padded=True, input="residual")
     assert_equal_within_rounding(run)
@@ -104,15 +103,14 @@ def test_encoders_with_padding(name: str) -> None:
     torch.testing.assert_close(result, expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoding(name: str) -> None:
+@pytest.mark.parametrize(("name", "implementation", "cache"), decoder_parameters())
+def test_decoding(name: str, implementation: str, cache: str) -> None:
     """With the first spelling and the caches of transformers: three rows with left padding, 32
     steps; the layer that counts positions is linear."""
-    for implementation, cache in usual_caches(name):
-        run = decoding(name, implementation, cache)
-        if implementation == preferred(name) and not cache.startswith("nbl"):
-            assert run.logits.shape[:2] == (len(PADDING), STEPS + 1)
-        assert_equal_within_rounding(run)
+    run = decoding(name, implementation, cache)
+    if implementation == preferred(name) and not cache.startswith("nbl"):
+        assert run.logits.shape[:2] == (len(PADDING), STEPS + 1)
+    assert_equal_within_rounding(run)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "deepseek_v3"])
@@ -125,10 +123,10 @@ def test_padded_decoding_with_the_plans_own_cache(name: str) -> None:
     ("name", "linearized", "layers", "cache"),
     [
         ("mistral", (0,), 2, "nbl dynamic"),
-        ("mistral", (0,), 2, "nbl static"),
-        ("gemma3", (0,), 2, "nbl static"),
+        pytest.param("mistral", (0,), 2, "nbl static", marks=thorough),
+        pytest.param("gemma3", (0,), 2, "nbl static", marks=thorough),
         ("gemma3", (1,), 2, "nbl static"),
-        ("gemma3", (0, 1), 4, "nbl dynamic"),
+        pytest.param("gemma3", (0, 1), 4, "nbl dynamic", marks=thorough),
         ("gemma3", (0, 1), 4, "nbl static"),
     ],
 )

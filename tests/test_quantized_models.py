@@ -43,6 +43,7 @@ ROUNDING = 3e-5
 # What the plan does to the logits, on the same scale: a mistake would show.
 MATTERS = 0.5
 FAMILIES = ("llama", "gemma3", "gpt_neox", "opt")
+thorough = pytest.mark.thorough
 
 
 def assert_same(result: Tensor, expected: Tensor) -> None:
@@ -83,7 +84,7 @@ def test_prefill_and_decode_with_a_static_cache(name: str) -> None:
     assert (dense - expected).abs().max() > MATTERS * expected.std()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 20])
+@pytest.mark.parametrize("tokens", [1, pytest.param(16, marks=thorough), 20])
 def test_inductor(tokens: int) -> None:
     """Streamed, streamed for the most tokens that are, and by a matrix product."""
     one = subject("llama")
@@ -108,7 +109,7 @@ def test_no_matrix_is_dequantized_into_memory() -> None:
     assert max(sizes) < matrix
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=thorough)])
 def test_bfloat16(lowering: str) -> None:
     """No further from the exact result than plain bfloat16 with dequantized weights is."""
     one = subject("llama", torch.bfloat16)

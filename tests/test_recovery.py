@@ -41,9 +41,10 @@ WITHOUT_POSITIONS = (
     "falcon", "bloom", "starcoder2", "smollm3", "olmo2", "cohere",
 )  # fmt: skip
 seeds = st.integers(0, 1000)
+thorough = pytest.mark.thorough
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     st.sampled_from(WITHOUT_POSITIONS), seeds, st.integers(2, 10), st.sampled_from([0.0, "auto"])
 )
@@ -72,7 +73,7 @@ def moments(model: nn.Module, batches: Iterable[Tensor]) -> Observation:
     return observe_model(model, batches, options, progress=False, solve=False).observation
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from(["llama", "gpt2", "bert"]), st.data())
 def test_moments_do_not_depend_on_the_cuts(name: str, data: st.DataObject) -> None:
     rows = text(12, 70, seed=data.draw(seeds))  # 70: a held-out block and a piece of one
@@ -94,7 +95,7 @@ def test_moments_do_not_depend_on_the_cuts(name: str, data: st.DataObject) -> No
                 torch.testing.assert_close(a, b, rtol=0, atol=MOMENT_TOLERANCE * max(scale, 1.0))
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(st.sampled_from(["llama", "gemma3", "gpt2", "bert"]), seeds)
 def test_a_plan_from_its_file_is_the_plan(tmp_path: Path, name: str, seed: int) -> None:
     """Tensors, decisions and what the compiled model says: the same to the bit."""
@@ -118,8 +119,8 @@ def all_kept(name: str) -> Plan:
     return Plan(tuple(Site(site, "attention", "kept", "for the test") for site in sites))
 
 
-@pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5"])
+@pytest.mark.parametrize("lowering", [pytest.param("eager", marks=thorough), "aot_eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", pytest.param("t5", marks=thorough)])
 def test_plans_that_replace_nothing(name: str, lowering: str) -> None:
     model, example = tiny(name), inputs(name)
     dense = output(model, **example)
@@ -151,7 +152,7 @@ def holdings(root: object) -> tuple[int, int]:
     return sum(storages.values()), len(seen)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=thorough)])
 def test_an_observer_holds_the_same_after_any_number_of_tokens(name: str) -> None:
     """Everything it holds, the last batch and the rows that wait for a full block included."""
     model = tiny(name, layers=1)

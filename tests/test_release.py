@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,13 +18,20 @@ from nbl_compiler.plans import Plan
 
 
 def subject(guard: str = "off") -> tuple[nn.Module, Plan, Tensor]:
-    """A tiny Llama with one linearized attention layer and two folded FFNs."""
+    """A tiny Llama with one linearized attention layer and two folded FFNs, calibrated once."""
+    model, plan = deepcopy(_calibrated(guard)[0]), _calibrated(guard)[1]
+    nbl.attach(model, plan)
+    return model, plan, torch.randint(3, 64, (2, 9))
+
+
+@cache
+def _calibrated(guard: str) -> tuple[nn.Module, Plan]:
     model = make("llama", "sdpa", layers=2).eval()
     batches = [torch.randint(3, 64, (4, 32)) for _ in range(6)]
     ffn: Any = nbl.FFN(max_nmse=1e9, guard=guard)
     config = nbl.Config(attention=nbl.Attention(count=1), ffn=ffn)
     plan = nbl.calibrate(model, batches, config, progress=False)
-    return model, plan, torch.randint(3, 64, (2, 9))
+    return model, plan
 
 
 def compiled(model: nn.Module, plan: Plan, **more: Any) -> Callable[[Tensor], Tensor]:

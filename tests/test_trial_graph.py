@@ -25,7 +25,7 @@ class Broken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = tiny(layers=LAYERS), tiny(layers=LAYERS)
+        self.first, self.second = tiny(layers=LAYERS), tiny(layers=1)
 
     def forward(self, input_ids: Tensor) -> Any:
         hidden = self.first(input_ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -84,7 +84,7 @@ def test_same_as_running_everything(make, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(TrialGraph, "__call__", whole)
     assert found == losses(make())
-    assert len(found) > 20
+    assert len(found) > 20  # 6 or more sites, alone and in pairs
     assert max(found.values()) > 0.1
 
 

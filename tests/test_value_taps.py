@@ -51,6 +51,7 @@ FAMILIES = [
     for a in ARCHITECTURES
     if a.kind == "decoder" and a.implementations[0] == "sdpa" and a.name not in WITHOUT
 ]
+thorough = pytest.mark.thorough
 
 
 def assert_equal_within_rounding(run: Run, tolerance: float = ROUNDING) -> None:
@@ -66,24 +67,42 @@ def test_one_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [p for p in FAMILIES if p.values[0] in KINDS_OF_CACHES])
-@pytest.mark.parametrize("cache", ["DynamicCache", "nbl static"])
+@pytest.mark.parametrize("cache", [pytest.param("DynamicCache", marks=thorough), "nbl static"])
 def test_generation_of_padded_prompts(name: str, cache: str) -> None:
     """Three rows with left padding, 32 steps: prefill and decode agree with one pass."""
     assert_equal_within_rounding(generation(name, "sdpa", cache, padded=True, states=SOME))
 
 
-@pytest.mark.parametrize("cache", CACHES)
+EACH_KIND = [*(("llama", kind) for kind in KINDS), ("gemma3", SOME), ("mistral", SOME)]
+# Each kind with two caches, and each cache with two kinds.
+EVERYDAY = {
+    ("llama", KINDS[0], "StaticCache"),
+    ("llama", KINDS[0], "nbl dynamic"),
+    ("llama", KINDS[1], "DynamicCache"),
+    ("llama", KINDS[1], "nbl static"),
+    ("gemma3", SOME, "DynamicCache"),
+    ("mistral", SOME, "StaticCache"),
+    ("mistral", SOME, "nbl dynamic"),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "states"),
-    [*(("llama", kind) for kind in KINDS), ("gemma3", SOME), ("mistral", SOME)],
+    ("name", "states", "cache"),
+    [
+        pytest.param(*case, c, marks=() if (*case, c) in EVERYDAY else thorough)
+        for case in EACH_KIND
+        for c in CACHES
+    ],
     ids=str,
 )
-def test_each_kind_of_state(name: str, cache: str, states: States) -> None:
+def test_each_kind_of_state(name: str, states: States, cache: str) -> None:
     """Behind sliding windows too: the runs are several windows long."""
     assert_equal_within_rounding(generation(name, "sdpa", cache, states=states))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=thorough) for n in ("gemma3", "gpt2"))]
+)
 def test_symbolic_shapes(name: str) -> None:
     assert_equal_within_rounding(dynamic_run(name, "sdpa", states=SOME))
 
@@ -93,15 +112,32 @@ def test_residual_input(cache: str) -> None:
     assert_equal_within_rounding(generation("llama", "sdpa", cache, input="residual", states=SOME))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=thorough), "gemma3"])
 def test_bfloat16(name: str) -> None:
     run = full_run(name, "sdpa", dtype=torch.bfloat16, states=SOME)
     assert run.logits.dtype == torch.bfloat16
     assert_equal_within_rounding(run, BFLOAT16_ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bloom", "gptj"])
-@pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache", "nbl static"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("gemma2", "nbl static"),
+        ("bloom", "StaticCache"),
+        ("gptj", "DynamicCache"),
+        *(
+            pytest.param(*case, marks=thorough)
+            for case in (
+                ("gemma2", "DynamicCache"),
+                ("gemma2", "StaticCache"),
+                ("bloom", "DynamicCache"),
+                ("bloom", "nbl static"),
+                ("gptj", "StaticCache"),
+                ("gptj", "nbl static"),
+            )
+        ),
+    ],
+)
 def test_eager_attention_agrees_with_itself(name: str, cache: str) -> None:
     """Where the oracle cannot look into attention: generation against one compiled pass."""
     one = subject(name, "eager", states=SOME)
@@ -120,8 +156,24 @@ def test_eager_attention_agrees_with_itself(name: str, cache: str) -> None:
     assert (whole - dense).abs().max() > MATTERS * scale
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("llama", "DynamicCache"),
+        ("llama", "nbl dynamic"),
+        ("gemma3", "nbl static"),
+        *(
+            pytest.param(*case, marks=thorough)
+            for case in (
+                ("llama", "StaticCache"),
+                ("llama", "nbl static"),
+                ("gemma3", "DynamicCache"),
+                ("gemma3", "StaticCache"),
+                ("gemma3", "nbl dynamic"),
+            )
+        ),
+    ],
+)
 def test_prefill_in_pieces(name: str, cache: str) -> None:
     """A chat goes on: further calls of several tokens read what earlier calls stored."""
     one = subject(name, "sdpa", states=SOME)

@@ -15,7 +15,7 @@ from bench.contenders import Contender, Made
 from bench.footprint import held_bytes, peak_allocated
 from bench.ratios import exact, of_rounds
 from bench.results import Row
-from bench.running import SERVED, for_quality, for_speed, made_cache
+from bench.running import for_speed
 from bench.subjects import Subject, vocabulary_size
 from nbl_compiler import speed
 from nbl_compiler.cost import Cost, Machine
@@ -51,6 +51,7 @@ class Point:
         fraction: How much contenders replace, but for those that always replace more.
         dtype: Of weights and activations.
         repeats: Rounds.
+        only: Who takes part, if not everyone who is timed.
     """
 
     phase: Literal["prefill", "decode"]
@@ -59,6 +60,7 @@ class Point:
     fraction: float = 0.5
     dtype: str = "float32"
     repeats: int = 5
+    only: tuple[str, ...] | None = None
 
     def name(self, model: str, contender: Contender) -> str:
         """Return the row's name."""
@@ -158,7 +160,7 @@ def _who(point: Point, contender: Contender) -> Row:
 
 def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
     made = contender.made(subject, point.fraction_of(contender))
-    compiled = for_speed(contender, made)
+    compiled, backend = for_speed(contender, made)
     call, kv = _call(point, subject, made, compiled)
     compiled.first_calls(call)
     logits: list[Tensor] = []
@@ -167,8 +169,11 @@ def _prepare(point: Point, subject: Subject, contender: Contender) -> _Ready:
     peak = peak_allocated(lambda: logits.append(call()))
     known = (contender.name, point.phase, point.dtype)
     if contender.compiled and known not in subject.checked:
-        reference = speed.Contender("", for_quality(made, **SERVED), made_cache(made))
-        _check(contender, logits[0], _call(point, subject, made, reference)[0]())
+        if kv is not None:
+            kv.reset()
+        backend.uncompiled = True
+        _check(contender, logits[0], call())
+        backend.uncompiled = False
         subject.checked.add(known)
     return _Ready(contender, made, compiled, call, 0 if kv is None else cache_bytes(kv), peak)
 

@@ -130,11 +130,12 @@ def test_random_plans_run() -> None:
 
 def test_a_point_of_speed() -> None:
     subject = Subject("shape", build("tiny-shape", layers=2))
-    names = ("dense eager", speed_points.DENSE, "attention dropped", "int8")
+    names = ("dense eager", speed_points.DENSE, "attention dropped", "keep+fold", "int8")
     with speed.measuring():
         rows = speed_points.measure(POINT, subject, [CONTENDERS[n] for n in names], RATES)
     assert list(rows) == [POINT.name("shape", CONTENDERS[name]) for name in names]
-    eager, dense, dropped, quantized = rows.values()
+    eager, dense, dropped, folded, quantized = rows.values()
+    assert {name for name, *_ in subject.checked} >= set(names[1:4])
     assert "torchao" in quantized.get("skipped", "torchao")
     assert dense["ratios"]["speed-up"]["value"] == 1.0
     assert dense["predicted_speedup"] == 1.0
@@ -143,7 +144,7 @@ def test_a_point_of_speed() -> None:
     assert dropped["flops_per_token"] < dense["flops_per_token"]
     assert dropped["ratios"]["resident bytes"]["value"] < 1
     assert dropped["predicted_speedup"] > 1
-    for row in (eager, dense, dropped):
+    for row in (eager, dense, dropped, folded):
         assert len(row["seconds"]) == POINT.repeats
         assert row["tokens_per_second"] == pytest.approx(32 / row["median_seconds"])
         assert row["peak_bytes"] > row["resident_bytes"]

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo
 from helpers.generating import CACHE_LENGTH, STEPS, generate, logits_of, prompt
 from helpers.plans import random_plan
 from helpers.recording import rewritten_graphs
 from helpers.surgery import linearize_by_surgery
-from models.architectures import BY_NAME, HIDDEN, inputs, make
+from models.architectures import ARCHITECTURES, BY_NAME, HIDDEN, inputs, make
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
@@ -28,7 +29,7 @@ from nbl_compiler.plans import Plan
 from nbl_compiler.value_states import NO_STATES, States
 
 LAYERS = 2  # one linearized, one that attends to a cache
-CACHES = ("DynamicCache", "StaticCache", "nbl dynamic", "nbl static")
+CACHES = ("DynamicCache", "StaticCache", "nbl static", "nbl dynamic")
 # One family of each kind of keys and values: grouped heads, sliding windows, both kinds of layers
 # in turn, absolute positions, one head for all queries, latent states, ALiBi.
 KINDS_OF_CACHES = ("llama", "mistral", "gemma3", "gpt2", "falcon", "deepseek_v3", "bloom")
@@ -180,14 +181,55 @@ def one_pass(name: str, implementation: str) -> Run:
 def usual_caches(name: str) -> tuple[tuple[str, str], ...]:
     """Return the pairs (spelling of attention, cache) that a decoder is run with.
 
-    All of them where the cache is of a kind of its own, else each spelling with another cache.
+    All caches where they are of a kind of their own. The first pairs belong to everyday's tests.
     """
     first, *others = BY_NAME[name].implementations
+    static = [(other, "StaticCache") for other in others]
     if name in KINDS_OF_CACHES:
-        return (*((first, c) for c in CACHES), *((other, "StaticCache") for other in others))
-    if not others:
-        return ((first, "DynamicCache"), (first, "StaticCache"))
-    return ((first, "DynamicCache"), *((other, "StaticCache") for other in others))
+        return (*((first, c) for c in CACHES), *static)
+    return ((first, "DynamicCache"), *(static or [(first, "StaticCache")]))
+
+
+def spelling_parameters() -> list[Any]:
+    """Return the parameters (family, spelling) of tests that look at ``one_pass``.
+
+    Of decoders whose caches are as others have them, only the first spelling is everyday's.
+    """
+    return [
+        pytest.param(
+            one.name,
+            spelling,
+            id=f"{one.name}-{spelling}",
+            marks=[
+                pytest.mark.xdist_group(one.name),
+                *([pytest.mark.thorough] if i and not own else []),
+            ],
+        )
+        for one in ARCHITECTURES
+        for own in (one.kind != "decoder" or one.name in KINDS_OF_CACHES,)
+        for i, spelling in enumerate(one.implementations)
+    ]
+
+
+def decoder_parameters() -> list[Any]:
+    """Return the parameters (family, spelling, cache) of tests that look at ``decoding``.
+
+    Every day each family has one pair, those whose cache is of a kind of its own have three.
+    """
+    return [
+        pytest.param(
+            one.name,
+            *pair,
+            marks=[
+                pytest.mark.xdist_group(one.name),
+                *([pytest.mark.thorough] if i >= everyday else []),
+            ],
+        )
+        for one in ARCHITECTURES
+        if one.kind == "decoder"
+        for everyday in (3 if one.name in KINDS_OF_CACHES else 1,)
+        for i, pair in enumerate(usual_caches(one.name))
+    ]
 
 
 def full_inputs(name: str, **shape: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ SITES: dict[str, Callable[..., GuardedFFN]] = {
     ),
 }
 INTERPRETED = [
-    *((name, tokens, "float32", 60, 131) for name in SITES for tokens in (1, 3, 63)),
+    *((name, tokens, "float32", 60, 131) for name in SITES for tokens in (1, 63)),
     *((name, tokens, "bfloat16", 60, 131) for name, tokens in zip(SITES, 4 * (3, 63), strict=True)),
     *((name, tokens, "float16", 60, 131) for name, tokens in zip(SITES, 4 * (63, 3), strict=True)),
     ("gated, 4 bits, truncated", 3, "bfloat16", 896, 65),

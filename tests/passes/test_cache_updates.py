@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.generating import BATCH, PROMPT
-from helpers.scenarios import LAYERS, Run, decoding, usual_caches
-from models.architectures import ARCHITECTURES, SLIDING_WINDOW
+from helpers.scenarios import LAYERS, Run, decoder_parameters, decoding
+from models.architectures import SLIDING_WINDOW
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -14,12 +14,7 @@ import nbl_compiler as nbl
 from nbl_compiler.passes.ffn_weights import parameter_value
 from nbl_compiler.passes.graph_tools import is_weight, module_path
 
-WITH_CACHES = [
-    pytest.param(a.name, *pair, marks=pytest.mark.xdist_group(a.name))
-    for a in ARCHITECTURES
-    if a.kind == "decoder"
-    for pair in usual_caches(a.name)
-]
+WITH_CACHES = decoder_parameters()
 # Everything that computes, stores or mixes keys and values, in any family's spelling.
 STORING = {"index_copy_", "copy_", "cat", "roll", "setitem", "absent_kv"}
 MIXING = {"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm"}

@@ -14,14 +14,15 @@ from helpers.scenarios import (
     LAYERS,
     Run,
     compile_with,
+    decoder_parameters,
     decoding,
     dynamic_run,
     full_inputs,
     full_run,
     main_output,
     one_pass,
+    spelling_parameters,
     subject,
-    usual_caches,
 )
 from helpers.surgery import linearize_by_surgery
 from models.architectures import ARCHITECTURES, BY_NAME
@@ -31,22 +32,13 @@ from torch.fx import GraphModule, Node
 from nbl_compiler.passes.graph_tools import example_value, is_weight
 from nbl_compiler.passes.sites import load_matches
 
-SPELLINGS = [
-    pytest.param(a.name, i, id=f"{a.name}-{i}", marks=pytest.mark.xdist_group(a.name))
-    for a in ARCHITECTURES
-    for i in a.implementations
-]
+SPELLINGS = spelling_parameters()
 OTHERS = [
     pytest.param(a.name, marks=pytest.mark.xdist_group(a.name))
     for a in ARCHITECTURES
     if a.kind != "decoder"
 ]
-DECODERS = [
-    pytest.param(a.name, *pair, marks=pytest.mark.xdist_group(a.name))
-    for a in ARCHITECTURES
-    if a.kind == "decoder"
-    for pair in usual_caches(a.name)
-]
+DECODERS = decoder_parameters()
 TRANSLATORS = [p for p in SPELLINGS if BY_NAME[str(p.values[0])].kind == "encoder-decoder"]
 
 
@@ -235,7 +227,13 @@ def break_the_graph(*_: object) -> None:
     torch._dynamo.graph_break()
 
 
-@pytest.mark.parametrize("place", BREAKS)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(place, marks=() if place == "inside a layer" else pytest.mark.thorough)
+        for place in BREAKS
+    ],
+)
 def test_a_graph_break_loses_no_site(place: str) -> None:
     """Dynamo then compiles each layer as a graph of its own, all with the same module paths."""
     name, module = BREAKS[place]

@@ -23,6 +23,7 @@ from nbl_compiler.planning.front import Point, pick
 from nbl_compiler.plans import Plan
 from nbl_compiler.shared_copy import int8_copy
 
+pytestmark = pytest.mark.usefixtures("fixed_rates")
 CONTEXT = 64
 # float32 forward passes of a tiny model, compared through a softmax
 KL_ROUNDING = 1e-5

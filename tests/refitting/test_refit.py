@@ -66,7 +66,17 @@ def disturbance_of_parts(model: nn.Module, plan: Plan, parts: list[Part]) -> flo
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [*(("llama", form) for form in FORMS), ("gemma3", "both")]
+    ("name", "form"),
+    [
+        ("llama", "maps with states"),
+        ("llama", "folded whole"),
+        ("llama", "guarded"),
+        ("gemma3", "both"),
+        *(
+            pytest.param("llama", form, marks=pytest.mark.thorough)
+            for form in ("maps", "maps of the residual stream", "kept neurons", "both")
+        ),
+    ],
 )
 def test_the_loss_on_text_that_no_map_was_fitted_on_does_not_rise(name: str, form: str) -> None:
     model = tiny(name, layers=3)
