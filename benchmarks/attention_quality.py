@@ -30,13 +30,20 @@ def main() -> None:
     parser.add_argument("--input", default="normed", choices=("normed", "residual"))
     parser.add_argument("--rank-by", default="loss", choices=("loss", "nmse", "cca"))
     parser.add_argument("--taps", type=int, default=0)
+    parser.add_argument("--mixed", action="store_true", help="maps read mixed values")
     parser.add_argument("--paper", action="store_true", help="also the published recipe")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     subject = load(args)
     model, batches = subject.model, subject.batches()
     counts = [int(item) for item in args.counts.split(",")]
-    attention = Attention(count=max(counts), input=args.input, rank_by=args.rank_by, taps=args.taps)
+    attention = Attention(
+        count=max(counts),
+        input=args.input,
+        rank_by=args.rank_by,
+        taps=args.taps,
+        mixed=args.mixed,
+    )
     calibrated = observe_model(model, batches, Config(attention=attention))
     published = None
     if args.paper:

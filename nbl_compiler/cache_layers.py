@@ -48,10 +48,11 @@ class _ValueStates:
         """
         if not self.states:
             return
-        carries = self.states.averages and window is None
-        reach = max(self.states.taps, window - 1) if self.states.averages and window else None
-        self.value_rows = _zeros(values, self.states.taps if reach is None else reach, values.dtype)
-        self.value_sums = _zeros(values, 2 if carries else 0, torch.float32)
+        rows, sums = self.states.rows, self.states.sums
+        if sums and window is not None:
+            rows, sums = max(rows, window - 1), 0
+        self.value_rows = _zeros(values, rows, values.dtype)
+        self.value_sums = _zeros(values, sums, torch.float32)
 
     def store_states(self, values: Tensor) -> None:
         """Take note of a call's values [B, H, T, D], in place."""

@@ -24,6 +24,7 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.fit_gates import GATE_TOKENS, gates_of_sites
 from nbl_compiler.int8_weights import is_quantized
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
@@ -34,9 +35,16 @@ from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
 from nbl_compiler.several_processes import ALONE, Share, is_first_process
 from nbl_compiler.tensor_parallel import work_of
-from nbl_compiler.text_pass import TracedModel, device_of, observe, observe_again
+from nbl_compiler.text_pass import (
+    TracedModel,
+    device_of,
+    observe,
+    observe_again,
+    observe_weights,
+)
 from nbl_compiler.text_share import Text, text_of, tokens_of
 from nbl_compiler.trial_text import TRIAL_TOKENS
+from nbl_compiler.value_states import Gates
 
 # Below this many rows no map is worth solving; up to a few times the width, cross-validation and
 # the ridge still find a usable one.
@@ -242,10 +250,15 @@ def observe_forms(
         raise ConfigError("the configuration leaves everything alone: nothing to calibrate")
     check_request(model)
     progress = progress and is_first_process()
-    work, again = work_of(model), config.ffn is not None and solve
+    mixed = config.attention is not None and config.attention.mixed
+    work, again = work_of(model), (config.ffn is not None and solve) or mixed
     text = text_of(batches, work.batches, shared=whole_text, again=again)
     traced = TracedModel(model)
-    seen = observe(traced, text, config, rows=work.rows, progress=progress)
+    gates: dict[str, Gates] = {}
+    if mixed:
+        samples = observe_weights(traced, text.first(GATE_TOKENS), config, progress=progress)
+        gates = gates_of_sites(samples, progress=progress)
+    seen = observe(traced, text, config, rows=work.rows, gates=gates, progress=progress)
     observation = merge_across_processes(seen)
     _check_tokens(observation)
     sketches = _sketches(model)

@@ -71,6 +71,10 @@ class Attention:
             decaying one and the mean). Of taps and averages a site keeps what lowers its held-out
             error. Sites whose attention is not causal, or whose values are projected in several
             steps, read neither.
+        mixed: Instead of taps and averages the map reads mixed values: what attention would give
+            if its weights depended on the token that asks and on distances, not on the tokens that
+            are asked. A layer then keeps 16 values and one sum. Much closer than the others; its
+            gates are fitted to attention's own weights (two passes over some of the text).
 
     Raises:
         ConfigError: for contradictory or out-of-range options.
@@ -83,6 +87,7 @@ class Attention:
     input: Literal["normed", "residual"] = "normed"
     taps: int = 0
     averages: bool = True
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers("Attention", self.layers))
@@ -97,11 +102,18 @@ class Attention:
             raise ConfigError(f"Attention: taps={self.taps!r} must be an integer of at least 0")
         if not isinstance(self.averages, bool):
             raise ConfigError(f"Attention: averages={self.averages!r} must be True or False")
+        if not isinstance(self.mixed, bool):
+            raise ConfigError(f"Attention: mixed={self.mixed!r} must be True or False")
+        if self.mixed and self.taps:
+            raise ConfigError(
+                "Attention: mixed values take the place of taps and averages; give `mixed` or "
+                "`taps`, not both"
+            )
 
     @property
     def states(self) -> States:
         """The most that a site's map may read of the values."""
-        return States(self.taps, self.averages and self.taps > 0)
+        return States(self.taps, self.averages and self.taps > 0, self.mixed)
 
 
 @dataclass(frozen=True)

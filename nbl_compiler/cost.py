@@ -22,6 +22,7 @@ from nbl_compiler.int8_weights import held_tensors, int8_matrix, is_quantized
 from nbl_compiler.lowering.guarded_ffn import unpack_arguments
 from nbl_compiler.lowering.guarded_ffn_inductor import GATHER_TOKENS
 from nbl_compiler.lowering.int8_linear import int8_linear, streamed_int8_linear
+from nbl_compiler.lowering.mixed_values import carried_mix, mixed_values
 from nbl_compiler.lowering.predictors import BITS_OF_KIND
 from nbl_compiler.lowering.streamed_linear import streamed_linear
 from nbl_compiler.lowering.value_states import carried_states, value_states
@@ -117,6 +118,8 @@ def _work(node: Node) -> Work | None:
         return _guarded_work(node)
     if is_call(node, {value_states, carried_states}):
         return _states_work(node)
+    if is_call(node, {mixed_values, carried_mix}):
+        return _mix_work(node)
     out = example_value(node)
     if not isinstance(out, Tensor):
         return None
@@ -182,6 +185,24 @@ def _states_work(node: Node) -> Work:
     single = traced_size(values[2].shape[1]) == 1  # one product with two weights a row
     flops = 4 * traced_size(rows.numel()) if single else 0
     return Work(node.name, flops, _bytes(rows) + _bytes(out))
+
+
+def _mix_work(node: Node) -> Work:
+    """Mixed values: all rows in reach, or the near ones and a sum; a product with the gates."""
+    values: Any = map_arg(node.args, example_value)  # type: ignore[arg-type]
+    made = example_value(node)
+    out = made[0] if isinstance(made, tuple) else made
+    assert isinstance(out, Tensor)
+    hidden, gates = values[-3], values[-2]
+    flops = 2 * traced_size(hidden.numel()) * gates.shape[0] * gates.shape[1]
+    flops += 2 * (1 + gates.shape[1]) * traced_size(out.numel())
+    if is_call(node, {carried_mix}):
+        read = sum(map(_bytes, (values[0], *values[2:4])))
+    else:
+        read = _bytes(values[0])
+        if traced_size(values[2].shape[1]) == 1:  # one product with a weight a row
+            flops += 2 * traced_size(values[0].numel()) * gates.shape[0] // values[0].shape[1]
+    return Work(node.name, flops, read + _bytes(gates) + _bytes(out))
 
 
 def _copies(node: Node, operands: list[Tensor], out: Tensor) -> bool:

@@ -68,7 +68,8 @@ def rank_attention(
     maps = {c.name: linear_map(c.fit.weight, c.fit.bias) for c in candidates}
     states = {c.name: c.states for c in candidates}
     residual = options.input == "residual"
-    trial = Trial(model, maps, kinds, residual=residual, states=states, share=share)
+    gates = {c.name: c.gates for c in candidates}
+    trial = Trial(model, maps, kinds, residual=residual, states=states, gates=gates, share=share)
     return _ranked(candidates, trial, maps, options, progress)
 
 

@@ -30,7 +30,7 @@ from nbl_compiler.passes.switches import StandIn, insert_switch
 from nbl_compiler.several_processes import ALONE, Share, all_sum
 from nbl_compiler.trial_graph import TrialGraph
 from nbl_compiler.trial_text import MOST_KINDS, Part
-from nbl_compiler.value_states import NO_STATES, States
+from nbl_compiler.value_states import NO_STATES, Gates, States
 
 
 class Trial:
@@ -42,6 +42,7 @@ class Trial:
         kinds: Kinds of text, each as parts of batches; the worst kind counts.
         residual: Whether attention's stand-ins read the residual stream.
         states: Site name → the value states that its stand-ins get besides.
+        gates: Site name → the gates of mixed values.
         share: Which parts this process runs, if all processes of a ``torch.distributed`` job have
             the same text. In a job every process makes the same calls, and all get the
             disturbance over the text of all.
@@ -55,10 +56,11 @@ class Trial:
         *,
         residual: bool,
         states: Mapping[str, States] | None = None,
+        gates: Mapping[str, Gates | None] | None = None,
         share: Share = ALONE,
     ) -> None:
         self._sites, self._residual = frozenset(sites), residual
-        self._states = dict(states or {})
+        self._states, self._gates = dict(states or {}), dict(gates or {})
         self._active: Mapping[str, StandIn] = {}
         self._kinds = _own_parts(kinds, share)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
@@ -152,7 +154,8 @@ class Trial:
         attention, ffn = match(graph_module).found, match_ffn(graph_module).found
         for one in attention:
             source = one.residual if self._residual else one.hidden
-            read = emit_input(graph_module, one, source, self._states.get(one.site, NO_STATES), {})
+            states, gates = self._states.get(one.site, NO_STATES), self._gates.get(one.site)
+            read = emit_input(graph_module, one, source, states, {}, gates)
             insert(one.site, read, one.output)
         for other in ffn:
             insert(other.site, other.hidden, other.output)

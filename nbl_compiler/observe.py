@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.config import Config
-from nbl_compiler.errors import CalibrationError, ConfigError, UnsupportedDtypeError
+from nbl_compiler.errors import CalibrationError, UnsupportedDtypeError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import Stage
 from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.lowering.value_states import looks_back
 from nbl_compiler.observe_ffn import FFNObservers
+from nbl_compiler.observe_gates import refuse_spread
 from nbl_compiler.passes.base import Rejected
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.collectives import without_collectives
@@ -41,7 +42,7 @@ from nbl_compiler.several_processes import ALONE, Failure, Share
 from nbl_compiler.solvers.moments import BufferedMoments, Moments
 from nbl_compiler.tensor_parallel import is_spread
 from nbl_compiler.user_errors import reported_by_dynamo
-from nbl_compiler.value_states import NO_STATES, States
+from nbl_compiler.value_states import NO_STATES, Gates, States
 
 
 @dataclass
@@ -55,6 +56,7 @@ class SiteMoments:
         own: The site's own value and output weights, where they are known.
         details: Plain facts about the site, for the plan.
         weights: Sketches of the weights that the site's region reads.
+        gates: Of mixed values, if ``states`` has such.
     """
 
     train: Moments
@@ -63,6 +65,7 @@ class SiteMoments:
     own: OwnWeights | None = None
     details: dict[str, Any] = field(default_factory=dict)
     weights: tuple[Sketch, ...] = ()
+    gates: Gates | None = None
 
 
 @dataclass
@@ -89,8 +92,9 @@ class _SiteObserver:
         weights: tuple[Sketch, ...],
         states: States,
         own: OwnWeights | None,
+        gates: Gates | None,
     ) -> None:
-        self._details, self._weights, self._own = details, weights, own
+        self._details, self._weights, self._own, self._gates = details, weights, own, gates
         self.states, self._looks_back = states, True
         self._buffers: tuple[BufferedMoments, BufferedMoments] | None = None
 
@@ -125,7 +129,8 @@ class _SiteObserver:
             details["no_states"] = "its attention is not causal"
             own = torch.arange(details["width_in"], device=train.xx.device)
             train, holdout, states = train.of_inputs(own), holdout.of_inputs(own), NO_STATES
-        return SiteMoments(train, holdout, states, self._own, details, self._weights)
+        gates = self._gates if states.mixed else None
+        return SiteMoments(train, holdout, states, self._own, details, self._weights, gates)
 
     def release(self) -> None:
         self._buffers = None
@@ -140,6 +145,7 @@ class Observer:
         begin_ffn: Makes the stage of an FFN site (see ``FFNObservers``); None leaves them alone.
         rows: Which of the rows this process takes. The others are taken by processes that run the
             same model together with this one.
+        gates: Site name → the gates of its mixed values; a site without reads none.
     """
 
     def __init__(
@@ -149,8 +155,9 @@ class Observer:
         attention: bool = True,
         begin_ffn: Callable[[FFNSite], Stage | None] | None = None,
         rows: Share = ALONE,
+        gates: Mapping[str, Gates] | None = None,
     ) -> None:
-        self._attention = attention
+        self._attention, self._gates = attention, dict(gates or {})
         self._states = NO_STATES if config.attention is None else config.attention.states
         self._use_residual = config.attention is not None and config.attention.input == "residual"
         self._rows = RowChooser(config.holdout, config.seed, rows)
@@ -214,6 +221,9 @@ class Observer:
         source = found.residual if self._use_residual else found.hidden
         path = found.value_path
         possible = NO_STATES if isinstance(path, str) else self._states
+        gates = self._gates.get(site)
+        if possible.mixed and gates is None:
+            possible = NO_STATES
         if site not in self._sites:
             read = [values[w.name] for w in found.weights if w.name in values]
             weights = tuple(sketch(w) for w in read if isinstance(w, nn.Parameter))
@@ -222,13 +232,9 @@ class Observer:
             spread = next((w for w in read if is_spread(w)), None)
             if spread is not None:
                 if self._states:
-                    raise ConfigError(
-                        f"{site}: a tensor-parallel model has the values of some heads in each "
-                        "process, and maps that read values need all; calibrate with taps=0, or "
-                        "load the model with a device_map instead"
-                    )
+                    refuse_spread(found, values)
                 own = joined(own, spread)
-            self._sites[site] = _SiteObserver(details, weights, possible, own)
+            self._sites[site] = _SiteObserver(details, weights, possible, own, gates)
         observer = self._sites[site]
         if possible != observer.states:
             raise CalibrationError(
@@ -246,7 +252,7 @@ class Observer:
         same = shape_of(found.residual) == shape_of(found.output)
         stream = found.residual if same else found.output
         mask = None if isinstance(path, str) or not possible else path.mask
-        x = emit_input(graph_module, found, source, possible, {})
+        x = emit_input(graph_module, found, source, possible, {}, gates)
         with graph_module.graph.inserting_after(found.output):
             graph_module.graph.call_function(observe, (x, found.output, stream, mask))
 

@@ -19,9 +19,10 @@ from nbl_compiler.fingerprint import Sketch
 from nbl_compiler.plans import INPUT_STATISTICS, Plan, Site, from_json, to_json
 from nbl_compiler.value_states import states_of
 
-VERSION = 3
-# What older releases wrote, and read: neither knows sketches of peaks, the first no value states.
-_WITHOUT_PEAKS, _WITHOUT_STATES = 2, 1
+VERSION = 4
+# What older releases wrote, and read: none knows mixed values, the second none of sketches of peaks
+# either, the first no value states.
+_WITHOUT_MIX, _WITHOUT_PEAKS, _WITHOUT_STATES = 3, 2, 1
 _KEY = "nbl_plan"
 # What reading a header that somebody edited may raise, whatever they wrote into it.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -42,9 +43,12 @@ def to_bytes(plan: Plan) -> bytes:
 
 def _version(plan: Plan) -> int:
     """Return the least version that holds all of the plan."""
-    if any(sketch.peaks is not None for sketch in plan.fingerprint):
+    read = [states_of(site.details) for site in plan.rewritten]
+    if any(states.mixed for states in read):
         return VERSION
-    states = any(states_of(site.details) for site in plan.rewritten)
+    if any(sketch.peaks is not None for sketch in plan.fingerprint):
+        return _WITHOUT_MIX
+    states = any(read)
     return _WITHOUT_PEAKS if states else _WITHOUT_STATES
 
 
@@ -117,7 +121,7 @@ def _checked(text: str, tensors: dict[str, Tensor], path: str) -> Plan:
         version = header["version"]
     except _DAMAGED as error:
         raise PlanFormatError(f"the header of {path} is damaged; calibrate again") from error
-    if version not in (_WITHOUT_STATES, _WITHOUT_PEAKS, VERSION):
+    if version not in (_WITHOUT_STATES, _WITHOUT_PEAKS, _WITHOUT_MIX, VERSION):
         raise PlanFormatError(
             f"{path} is a plan of version {version}; this release reads versions up to {VERSION}: "
             "calibrate again, or use the release that wrote it"

@@ -24,7 +24,7 @@ from nbl_compiler.solvers.attention_prior import attention_prior
 from nbl_compiler.solvers.cca import cca_bound
 from nbl_compiler.solvers.least_squares import LinearFit, fit_linear
 from nbl_compiler.solvers.moments import Moments
-from nbl_compiler.value_states import NO_STATES, States, split_weight
+from nbl_compiler.value_states import NO_STATES, Gates, States, split_weight
 
 # A vector of state has to lower the held-out error by this fraction: below, it is noise.
 PRICE_OF_A_STATE = 0.002
@@ -38,7 +38,7 @@ class Candidate:
 
     ``loss_rank`` is its place in the order that least disturbs the model's predictions, if that
     was measured (``rank_by="loss"``); ``inputs`` describes what the map reads, ``states`` what it
-    reads of the values besides.
+    reads of the values besides, with ``gates`` if these are mixed.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Candidate:
     states: States = NO_STATES
     loss_rank: int | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Gates | None = None
 
 
 def fit_sites(observation: Observation, config: Config, *, progress: bool) -> tuple[Candidate, ...]:
@@ -129,14 +130,16 @@ def _fit(name: str, site: SiteMoments, config: Config) -> Candidate:
     own = train
     if site.states:
         own = train.of_inputs(torch.arange(width, device=train.xx.device))
-        chosen, fit = _fit_states(site, width, config)
+        fits = _fit_mixed if site.states.mixed else _fit_states
+        chosen, fit = fits(site, width, config)
     else:
         prior = _prior(train, site.own)
         chosen, fit = NO_STATES, fit_linear(train, holdout, config.ridge, prior)
     count = max(own.count, 1)
     variance = own.xx.diagonal() / count - (own.sum_x / count).square()
     inputs = input_statistics(own.mean_x, variance)
-    return Candidate(name, fit, cca_bound(own), site.details, chosen, inputs=inputs)
+    gates = site.gates if chosen.mixed else None
+    return Candidate(name, fit, cca_bound(own), site.details, chosen, inputs=inputs, gates=gates)
 
 
 def _fit_states(site: SiteMoments, width: int, config: Config) -> tuple[States, LinearFit]:
@@ -160,6 +163,23 @@ def _fit_states(site: SiteMoments, width: int, config: Config) -> tuple[States, 
             best = (cost, states, fit)
     assert best is not None
     return best[1:]
+
+
+def _fit_mixed(site: SiteMoments, width: int, config: Config) -> tuple[States, LinearFit]:
+    """Return the fit with mixed values, shrunk towards what the site's own output projection makes
+    of them; or without, where that is as good."""
+    train, holdout = site.train, site.holdout
+    prior = None
+    if site.own is not None:
+        output = site.own.output.flatten(1)  # y = O c, if the gates were attention's weights
+        prior = torch.cat([output.new_zeros(len(output), width), output], 1)
+    mixed = fit_linear(train, holdout, config.ridge, prior)
+    own = torch.arange(width, device=train.xx.device)
+    part = train.of_inputs(own)
+    plain = fit_linear(part, holdout.of_inputs(own), config.ridge, _prior(part, site.own))
+    if mixed.holdout_nmse < plain.holdout_nmse * (1 - PRICE_OF_A_STATE) + NEGLIGIBLE:
+        return site.states, mixed
+    return NO_STATES, plain
 
 
 def _prior(moments: Moments, own: OwnWeights | None) -> Tensor | None:
@@ -281,6 +301,8 @@ def attention_site(candidate: Candidate, replace: bool, reason: str) -> Site:
     width, states = candidate.details.get("width_in", fit.weight.shape[1]), candidate.states
     if replace:
         tensors = split_weight(fit.weight.to("cpu", torch.float32), width, states)
+        if candidate.gates is not None:
+            tensors |= candidate.gates.tensors()
         tensors["bias"] = fit.bias.to("cpu", torch.float32).contiguous()
     details = {
         **candidate.details,
@@ -293,6 +315,9 @@ def attention_site(candidate: Candidate, replace: bool, reason: str) -> Site:
     if states:
         details |= {"taps": states.taps, "averages": states.averages}
         read = fit.weight.numel() + fit.bias.numel() + candidate.details["value_parameters"]
+        if candidate.gates is not None:
+            details["mixed"] = True
+            read += sum(tensor.numel() for tensor in candidate.gates.tensors().values())
         details["parameters_read"] = read
         reason = f"{reason}; reads {states}"
     return Site(

@@ -7,8 +7,8 @@ its observers into a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
@@ -22,12 +22,17 @@ from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.observe import Observation, Observer
+from nbl_compiler.observe_gates import GateObserver, Samples
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.progress import token_bar
 from nbl_compiler.row_openings import RowOpenings
 from nbl_compiler.select import check_selection
 from nbl_compiler.several_processes import ALONE, Share
 from nbl_compiler.text_share import length_of
+from nbl_compiler.value_states import Gates
+
+Seen = TypeVar("Seen")
+Looking = Observer | GateObserver
 
 
 class TracedModel:
@@ -39,10 +44,10 @@ class TracedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._observer: Observer | None = None
+        self._observer: Looking | None = None
         self._run = torch.compile(private_forward(model), backend=self._backend, dynamic=None)
 
-    def __call__(self, observer: Observer, **inputs: Any) -> None:
+    def __call__(self, observer: Looking, **inputs: Any) -> None:
         """Run one batch, with observers at the sites."""
         self._observer = observer
         try:
@@ -71,9 +76,19 @@ def observe(
     config: Config,
     *,
     rows: Share = ALONE,
+    gates: Mapping[str, Gates] | None = None,
     progress: bool,
 ) -> Observation:
-    """Run the first pass: moments of attention sites, and of the neurons of FFN sites."""
+    """Run the first pass: moments of attention sites, and of the neurons of FFN sites.
+
+    Args:
+        model: To run.
+        batches: Text.
+        config: What to look at.
+        rows: Which of the rows this process takes.
+        gates: Site name → gates, where mixed values are to be looked at.
+        progress: Show a progress bar.
+    """
     ffn = config.ffn
     begin: Callable[[FFNSite], Stage | None] | None = None
     if ffn is not None:
@@ -82,7 +97,13 @@ def observe(
         def begin(site: FFNSite) -> Stage | None:
             return NeuronStage(site, ranges=ranges and not site.weights.gated)
 
-    observer = Observer(config, attention=config.attention is not None, begin_ffn=begin, rows=rows)
+    observer = Observer(
+        config,
+        attention=config.attention is not None,
+        begin_ffn=begin,
+        rows=rows,
+        gates=gates,
+    )
 
     def check() -> None:
         if config.attention is not None and observer.site_names:
@@ -90,7 +111,16 @@ def observe(
         if ffn is not None and observer.ffn_names:
             check_selection(observer.ffn_names, ffn)
 
-    return _run(model, batches, observer, "calibrating", progress, check)
+    return _run(model, batches, observer, observer.finish, "calibrating", progress, check)
+
+
+def observe_weights(
+    model: TracedModel, batches: Iterable[Batch], config: Config, *, progress: bool
+) -> dict[str, Samples]:
+    """Run a pass over some text that looks at what attention does with its weights."""
+    observer = GateObserver(config.holdout, config.seed)
+    title = "looking at attention"
+    return _run(model, batches, observer, observer.finish, title, progress, lambda: None)
 
 
 def observe_again(
@@ -107,7 +137,7 @@ def observe_again(
     The stages are this process's alone; the caller merges them.
     """
     observer = Observer(config, attention=False, begin_ffn=begin, rows=rows)
-    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
+    seen = _run(model, batches, observer, observer.finish, "fitting FFNs", progress, lambda: None)
     assert seen.ffn is not None
     if not in_any_process(bool(seen.ffn.sites)):  # of a few batches, some processes have none
         raise CalibrationError(
@@ -119,28 +149,29 @@ def observe_again(
 def _run(
     model: TracedModel,
     batches: Iterable[Batch],
-    observer: Observer,
+    observer: Looking,
+    finish: Callable[[], Seen],
     title: str,
     progress: bool,
     check: Callable[[], None],
-) -> Observation:
+) -> Seen:
     """Run the model over the batches; if that fails, it fails in every process."""
     error = None
     try:
         _run_batches(model, batches, observer, title, progress, check)
-        observation = observer.finish()
+        seen = finish()
     except NBLError as failure:
         error = failure
     finally:
         observer.release()
     fail_together(error)
-    return observation
+    return seen
 
 
 def _run_batches(
     traced: TracedModel,
     batches: Iterable[Batch],
-    observer: Observer,
+    observer: Looking,
     title: str,
     progress: bool,
     check: Callable[[], None],

@@ -44,6 +44,7 @@ def calibrate(
     input: Annotated[str, typer.Option(help="normed or residual.")] = "normed",
     taps: Annotated[int, typer.Option(help="Earlier values that a map also reads.")] = 0,
     averages: Annotated[bool, typer.Option(help="With taps: averages of values, too.")] = True,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Maps read mixed values.")] = False,
     ridge: Annotated[str, typer.Option(help="auto, or a number of at least 0.")] = "auto",
     ffn: Annotated[bool, typer.Option("--ffn", help="Fold FFNs, too.")] = False,
     ffn_count: Annotated[int | None, typer.Option(help="Fold the best COUNT FFNs.")] = None,
@@ -82,7 +83,7 @@ def calibrate(
 
     linearize = Attention(
         count, layer_names(layers), max_nmse, rank_by, input,  # type: ignore[arg-type]
-        taps=taps, averages=averages,
+        taps=taps, averages=averages, mixed=mixed,
     )  # fmt: skip
     fold = FFN(
         ffn_count, layer_names(ffn_layers), ffn_max_nmse, keep, guard,  # type: ignore[arg-type]

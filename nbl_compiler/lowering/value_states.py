@@ -228,7 +228,7 @@ def stored_states(past: Tensor, sums: Tensor, values: Tensor) -> tuple[Tensor, T
 
     Args:
         past: Values stored so far, [B, H, r, D].
-        sums: Of the averages, [B, H, 2 or 0, D].
+        sums: Of the averages or of mixed values, [B, H, 2, 1 or 0, D].
         values: New values, [B, H, T, D].
 
     Raises:

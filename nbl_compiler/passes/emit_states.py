@@ -2,6 +2,7 @@
 
     n = count_of_mask(mask)                                     once a mask
     states = value_states(rows, positions, n, w, averages)      rows: of this call, or of the cache
+    states = mixed_values(rows, positions, n, x, gates)         where the map reads mixed values
 
 A cache keeps its values then (the keys are no longer needed). A layer of ``nbl.cache`` keeps what
 the states need and no more; in the graph ``nbl::stored_states`` stands for that::
@@ -12,13 +13,17 @@ the states need and no more; in the graph ``nbl::stored_states`` stands for that
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from nbl_compiler.errors import PlanMismatchError
+from nbl_compiler.lowering.mixed_values import carried_mix, mixed_values
 from nbl_compiler.lowering.value_states import (
     carried_states,
     count_of_mask,
@@ -36,7 +41,7 @@ from nbl_compiler.passes.emit import Emitter
 from nbl_compiler.passes.graph_tools import Topology, argument, is_call, is_view, shape_of
 from nbl_compiler.passes.sites import AttentionMatch
 from nbl_compiler.passes.value_path import ValuePath
-from nbl_compiler.value_states import States
+from nbl_compiler.value_states import Gates, States
 
 _COUNTS = "nbl_attended_positions"
 
@@ -47,6 +52,7 @@ def emit_input(
     source: Node,
     states: States,
     meta: Mapping[str, Any],
+    gates: Gates | tuple[Node, Node] | None = None,
 ) -> Node:
     """Return the node of what a map reads: ``source`` [..., d], with states [..., d + n].
 
@@ -56,6 +62,7 @@ def emit_input(
         source: The hidden state or the residual stream.
         states: What the map reads besides.
         meta: What the new nodes carry.
+        gates: Of mixed values: nodes that hold them, or, in graphs that run as they are, values.
 
     Raises:
         PlanMismatchError: if this graph does not show what the states are made of.
@@ -63,7 +70,7 @@ def emit_input(
     if not states:
         return source
     own = {**meta, "nbl": {"site": match.site, "pass": "value_states"}}
-    made = _emit_states(graph_module, match, states, own)
+    made = _emit_states(graph_module, match, states, own, gates)
     assert not isinstance(match.value_path, str)
     inside = set(match.interior)
     for node in Topology(graph_module).backward(match.value_path.new, lambda n: n is match.hidden):
@@ -73,10 +80,21 @@ def emit_input(
         return Emitter(graph_module.graph, meta).call(with_states, source, made)
 
 
+def emit_count(graph_module: GraphModule, match: AttentionMatch) -> Node:
+    """Return the node of n_t, how many positions each token attends to, [B or 1, T]."""
+    assert not isinstance(match.value_path, str)
+    with graph_module.graph.inserting_before(match.output):
+        return _count(graph_module, match.value_path, Emitter(graph_module.graph, {}))
+
+
 def _emit_states(
-    graph_module: GraphModule, match: AttentionMatch, states: States, meta: Mapping[str, Any]
+    graph_module: GraphModule,
+    match: AttentionMatch,
+    states: States,
+    meta: Mapping[str, Any],
+    gates: Gates | tuple[Node, Node] | None,
 ) -> Node:
-    """Add the nodes that make a site's states [B, T, vectors · H · D]; return the last."""
+    """Add the nodes that make a site's states [B, T, …]; return the last."""
     path = match.value_path
     if isinstance(path, str):
         raise PlanMismatchError(
@@ -84,12 +102,51 @@ def _emit_states(
             "with taps=0"
         )
     if path.stand_in is not None:
-        return _emit_from_own_layer(graph_module, match.site, path, states, meta)
+        return _emit_from_own_layer(graph_module, match, path, states, meta, gates)
     with graph_module.graph.inserting_before(match.output):
         emit = Emitter(graph_module.graph, meta)
         count = _count(graph_module, path, emit)
         positions = path.positions or emit.call(last_positions, path.rows, path.new)
-        return emit.call(value_states, path.rows, positions, count, states.taps, states.averages)
+        return _of_rows(emit, match, path.rows, positions, count, states, gates)
+
+
+def _of_rows(
+    emit: Emitter,
+    match: AttentionMatch,
+    rows: Node,
+    positions: Node,
+    count: Node,
+    states: States,
+    gates: Gates | tuple[Node, Node] | None,
+) -> Node:
+    """Add the states of rows of values."""
+    if not states.mixed:
+        return emit.call(value_states, rows, positions, count, states.taps, states.averages)
+    function, further = _gated(mixed_values, gates)
+    return emit.call(function, rows, positions, count, match.hidden, *further)
+
+
+def _gated(
+    function: Callable[..., Any], gates: Gates | tuple[Node, Node] | None
+) -> tuple[Callable[..., Any], tuple[Node, ...]]:
+    """Return a function that ends with gates, and the nodes to call it with at the end."""
+    assert gates is not None
+    if isinstance(gates, tuple):
+        return function, gates
+    held = (gates.weight, gates.offset)
+
+    @wraps(function)
+    def with_gates(*args: Any) -> Any:
+        like = args[0]  # values, fake where the node is made
+
+        def own(tensor: Tensor) -> Tensor:
+            if isinstance(like, FakeTensor):
+                return like.fake_mode.from_tensor(tensor, static_shapes=True)
+            return tensor
+
+        return function(*args, *(own(tensor.to(like.device, args[-1].dtype)) for tensor in held))
+
+    return with_gates, ()
 
 
 def _count(graph_module: GraphModule, path: ValuePath, emit: Emitter) -> Node:
@@ -122,12 +179,14 @@ def _inserting_behind(graph_module: GraphModule, node: Node) -> Any:
 
 def _emit_from_own_layer(
     graph_module: GraphModule,
-    site: str,
+    match: AttentionMatch,
     path: ValuePath,
     states: States,
     meta: Mapping[str, Any],
+    gates: Gates | tuple[Node, Node] | None,
 ) -> Node:
     """Add the states where ``nbl.cache`` keeps a window of values, or sums; and what it stores."""
+    site = match.site
     holder = next((n for n in path.new.users if is_call(n, {stored_states._opoverload})), None)
     if holder is None:
         raise PlanMismatchError(
@@ -138,7 +197,7 @@ def _emit_from_own_layer(
     assert isinstance(past, Node)
     assert isinstance(sums, Node)
     carried = _rows_of(sums) > 0
-    if _rows_of(past) < states.taps or (carried and not states.averages):
+    if _rows_of(past) < states.rows or (carried and _rows_of(sums) != states.sums):
         raise PlanMismatchError(
             f"{site} reads {states}, and the cache from nbl.cache was made for others; make it "
             "for the plan that the model is compiled with"
@@ -151,11 +210,16 @@ def _emit_from_own_layer(
         rows = emit.call(joined_rows, past, path.new)
         new_sums = sums
         if carried:
-            both = emit.call(carried_states, path.new, count, past, sums, states.taps)
+            if states.mixed:
+                function, further = _gated(carried_mix, gates)
+                given = (path.new, count, past, sums, match.hidden, *further)
+                both = emit.call(function, *given)
+            else:
+                both = emit.call(carried_states, path.new, count, past, sums, states.taps)
             result, new_sums = (emit.call(operator.getitem, both, i) for i in (0, 1))
         else:
             positions = emit.call(last_positions, rows, path.new)
-            result = emit.call(value_states, rows, positions, count, states.taps, states.averages)
+            result = _of_rows(emit, match, rows, positions, count, states, gates)
         kept = emit.call(newest_rows, rows, past)
     for user in list(holder.users):
         user.replace_all_uses_with(new_sums if user.args[1] else kept)

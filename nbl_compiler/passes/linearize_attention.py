@@ -16,7 +16,7 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from nbl_compiler.int8_weights import Quantize
 from nbl_compiler.lowering.int8_linear import int8_linear
@@ -25,10 +25,11 @@ from nbl_compiler.passes.emit_states import emit_input
 from nbl_compiler.passes.graph_tools import Topology, example_value
 from nbl_compiler.passes.lifting import lift
 from nbl_compiler.passes.matrices import holds_int8, lift_matrix, rounding_notes
+from nbl_compiler.passes.query_heads import query_heads
 from nbl_compiler.passes.rewrite_sites import check_dtype, check_shapes, rewrite_sites
 from nbl_compiler.passes.sites import AttentionMatch, load_matches, store_linearized
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.value_states import States, states_of
+from nbl_compiler.value_states import BUCKETS, States, states_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def rewrite(
         lift(graph_module, f"{site.name}_bias", plan.tensor(site, "bias", like)),
     ]
     meta = {**match.output.meta, "nbl": {"site": site.name, "pass": "linearize_attention"}}
-    read = emit_input(graph_module, match, source, states, meta)
+    read = emit_input(
+        graph_module, match, source, states, meta, _gates(graph_module, site, plan, like)
+    )
     graph = graph_module.graph
     with graph.inserting_after(match.output):
         new = graph.call_function(int8_linear if int8 else F.linear, (read, *lifted))
@@ -90,6 +93,19 @@ def rewrite(
             new = graph.call_method("to", (new, target.dtype))
         new.meta.update(meta)
     match.output.replace_all_uses_with(new)
+
+
+def _gates(
+    graph_module: GraphModule, site: Site, plan: Plan, like: Tensor
+) -> tuple[Node, Node] | None:
+    """Return the gates of mixed values as graph inputs, if the site's map reads such."""
+    if not states_of(site.details).mixed:
+        return None
+    weight, offset = (
+        lift(graph_module, f"{site.name}_{name}", plan.tensor(site, name, like))
+        for name in ("gates", "gate_offsets")
+    )
+    return weight, offset
 
 
 def _check_shapes(site: Site, match: AttentionMatch, width_in: int, width_out: int) -> None:
@@ -104,6 +120,14 @@ def _check_shapes(site: Site, match: AttentionMatch, width_in: int, width_out: i
             wanted["taps"] = (states.taps, width_out, width)
         if states.averages:
             wanted["averages"] = (2, width_out, width)
+        if states.mixed:
+            mixed, hidden = example_value(match.mixed), example_value(match.hidden)
+            assert isinstance(mixed, Tensor)
+            assert isinstance(hidden, Tensor)
+            heads = query_heads(mixed, value)
+            wanted["mix"] = (width_out, heads * int(value.shape[3]))
+            wanted["gates"] = (heads, 1 + len(BUCKETS), int(hidden.shape[-1]))
+            wanted["gate_offsets"] = (heads, 1 + len(BUCKETS))
     check_shapes(site, wanted)
 
 

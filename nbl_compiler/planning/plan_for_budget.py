@@ -151,7 +151,9 @@ def _settings(found: Sequence[Calibrated], space: Space) -> list[_Setting]:
     settings = []
     if space.attention is not None:
         maps = found[0].candidates
-        name = "linear attention" + (", with states" if space.attention.taps else "")
+        states = space.attention.states
+        told = "mixed values" if states.mixed else "states"
+        name = "linear attention" + (f", with {told}" if states else "")
         sites = {c.name: attention_site(c, True, name) for c in maps}
         stand_ins = {c.name: linear_map(c.fit.weight, c.fit.bias) for c in maps}
         settings.append(_Setting(name, sites, stand_ins))
@@ -189,8 +191,9 @@ def _trial(
     ffn = calibrated.observation.ffn
     names = [c.name for c in calibrated.candidates] + ([] if ffn is None else list(ffn.sites))
     states = {c.name: c.states for c in calibrated.candidates}
+    gates = {c.name: c.gates for c in calibrated.candidates}
     kinds = kinds_of_text(model, aside, PLAN_TOKENS)
-    return Trial(model, names, kinds, residual=residual, states=states)
+    return Trial(model, names, kinds, residual=residual, states=states, gates=gates)
 
 
 def _search(

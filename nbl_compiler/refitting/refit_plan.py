@@ -33,7 +33,7 @@ from nbl_compiler.solvers.ffn_regression import AffineMap, squared_errors
 from nbl_compiler.solvers.folding import FFNWeights
 from nbl_compiler.text_pass import device_of
 from nbl_compiler.trial_text import few_rows
-from nbl_compiler.value_states import states_of
+from nbl_compiler.value_states import gates_of, states_of
 
 # How much of what is missing from the stream a site is asked to put back.
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -129,6 +129,7 @@ def _trial(model: nn.Module, plan: Plan, aside: Sequence[Mapping[str, Any]]) -> 
         [few_rows(model, aside)],
         residual=any(site.details.get("input") == "residual" for site in sites),
         states={site.name: states_of(site.details) for site in sites if site.kind == "attention"},
+        gates={site.name: gates_of(site.tensors) for site in sites},
     )
 
 

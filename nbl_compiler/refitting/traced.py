@@ -29,7 +29,7 @@ from nbl_compiler.plans import Plan
 from nbl_compiler.refitting.route import Route, Values
 from nbl_compiler.solvers.folding import FFNWeights
 from nbl_compiler.text_pass import many_shapes, private_forward
-from nbl_compiler.value_states import states_of
+from nbl_compiler.value_states import gates_of, states_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def _trace(graph_module: GraphModule, plan: Plan) -> Traced:
         read = match.hidden
         if isinstance(match, AttentionMatch):
             source = match.residual if site.details.get("input") == "residual" else match.hidden
-            read = emit_input(graph_module, match, source, states_of(site.details), {})
+            states, gates = states_of(site.details), gates_of(site.tensors)
+            read = emit_input(graph_module, match, source, states, {}, gates)
         matches[site.name], reads[site.name] = match, read
         switches[site.name] = insert_switch(graph_module, read, match.output, lambda: None)
     topology = Topology(graph_module)

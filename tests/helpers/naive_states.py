@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nbl_compiler.value_states import DECAY, States
+from nbl_compiler.value_states import BUCKETS, DECAY, Gates, States
 
 
 def naive_states(values: Tensor, allowed: Tensor, states: States) -> Tensor:
@@ -41,6 +41,37 @@ def naive_states(values: Tensor, allowed: Tensor, states: States) -> Tensor:
                 vectors.append(sum((w * exact[row, :, p] for w, p in weights), zero) / total)
                 vectors.append(sum((exact[row, :, p] for p in reach), zero) / max(len(reach), 1))
             result[row, token] = torch.stack(vectors)
+    return result.flatten(2)
+
+
+def naive_mix(values: Tensor, allowed: Tensor, x: Tensor, gates: Gates) -> Tensor:
+    """Return mixed values [B, T, heads · D] of a whole sequence.
+
+    Args:
+        values: [B, H, T, D].
+        allowed: Which positions (columns) each token attends to, [B or 1, T, T], bool.
+        x: Hidden states, [B, T, d].
+        gates: Of the site.
+    """
+    batch, kv_heads, length, width = values.shape
+    heads = gates.weight.shape[0]
+    result = torch.zeros(batch, length, heads, width, dtype=torch.float64)
+    for row in range(batch):
+        for token in range(length):
+            reach = allowed[row % allowed.shape[0], token].nonzero().view(-1).tolist()
+            scores = gates.weight.double() @ x[row, token].double() + gates.offset.double()
+            groups = [
+                [p for p in reach[1:] if first <= token - p <= (length if last is None else last)]
+                for first, last in BUCKETS
+            ]
+            shares = [scores[:, 0].exp()]
+            shares += [len(g) * scores[:, i].exp() for i, g in enumerate(groups, start=1)]
+            total = sum(shares[1:], shares[0])
+            for share, group in zip(shares[1:], groups, strict=True):
+                if group:
+                    mean = values[row, :, group].double().mean(1)
+                    of_heads = mean.repeat_interleave(heads // kv_heads, 0)
+                    result[row, token] += (share / total)[:, None] * of_heads
     return result.flatten(2)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbl_compiler.fingerprint import sketch
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.value_states import NO_STATES, States
+from nbl_compiler.value_states import BUCKETS, NO_STATES, States
 
 
 def random_plan(
@@ -21,6 +21,7 @@ def random_plan(
     seed: int = 3,
     states: States = NO_STATES,
     value_width: int = 0,
+    heads: int = 0,
 ) -> Plan:
     """Return a plan that replaces some of the sites by seeded random maps.
 
@@ -32,7 +33,8 @@ def random_plan(
         input: ``"normed"`` or ``"residual"``.
         seed: Of the maps' entries.
         states: Value states that the maps read.
-        value_width: Width of the values of all heads.
+        value_width: Width of the values of all heads; of all query heads, if they are mixed.
+        heads: Number of query heads.
     """
     generator = torch.Generator().manual_seed(seed)
     sketches = list(dict.fromkeys(sketch(p) for p in model.parameters()))
@@ -46,7 +48,14 @@ def random_plan(
         }
         weights = [sketches.index(sketch(p)) for p in model.get_submodule(name).parameters()]
         details = {"input": input, "weights": weights}
-        if states:
+        if states.mixed:
+            several = torch.randn(width, value_width, generator=generator)
+            maps["mix"] = several * 2 / value_width**0.5
+            shape = (heads, 1 + len(BUCKETS))
+            maps["gates"] = 2 * torch.randn(*shape, width, generator=generator) / width**0.5
+            maps["gate_offsets"] = torch.randn(*shape, generator=generator)
+            details["mixed"] = True
+        elif states:
             # Twice the size of the rest: a mistake in the states shall show.
             several = torch.randn(states.vectors, width, value_width, generator=generator)
             several *= 2 / value_width**0.5

@@ -25,6 +25,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 import nbl_compiler as nbl
 from nbl_compiler.passes.match_attention import match
+from nbl_compiler.passes.query_heads import query_heads
 from nbl_compiler.plans import Plan
 from nbl_compiler.value_states import NO_STATES, States
 
@@ -92,20 +93,30 @@ def subject(
     enliven(model)
     model.to(dtype)
     sites = BY_NAME[name].site_names(layers)
-    width = value_width(model, name) if states else 0
-    plan = random_plan(model, sites, linearized, HIDDEN, input, states=states, value_width=width)
+    width, heads = value_width(model, name, mixed=states.mixed) if states else (0, 0)
+    plan = random_plan(
+        model, sites, linearized, HIDDEN, input, states=states, value_width=width, heads=heads
+    )
     return Subject(name, model, plan, linearize_by_surgery(model, plan), tuple(sites))
 
 
-def value_width(model: nn.Module, name: str) -> int:
-    """Return the width of the values of all heads, which maps with value states read."""
-    found: list[int] = []
+def value_width(model: nn.Module, name: str, *, mixed: bool) -> tuple[int, int]:
+    """Return the width of what maps read of the values, and the number of heads of it.
+
+    Args:
+        model: Of the family.
+        name: The family.
+        mixed: Whether each query head mixes values.
+    """
+    found: list[tuple[int, int]] = []
 
     def look(graph_module: GraphModule, _: Any) -> Any:
         for one in match(graph_module).found:
             assert not isinstance(one.value_path, str), one.value_path
             shape = one.value_path.new.meta["example_value"].shape
-            found.append(int(shape[1]) * int(shape[3]))
+            value = one.value_path.new.meta["example_value"]
+            heads = query_heads(one.mixed.meta["example_value"], value) if mixed else shape[1]
+            found.append((int(heads) * int(shape[3]), int(heads)))
         return graph_module.forward
 
     with torch.no_grad():

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch.nn.functional as F
-from helpers.naive_states import captured_attention, naive_states
+from helpers.naive_states import captured_attention, naive_mix, naive_states
 from torch import Tensor, nn
 
 from nbl_compiler.plans import Plan, Site
-from nbl_compiler.value_states import states_of
+from nbl_compiler.value_states import gates_of, states_of
 
 
 class LinearAttention(nn.Module):
@@ -44,7 +44,12 @@ class LinearAttention(nn.Module):
         weight, bias = (self.site.tensors[k].to(source.dtype) for k in ("weight", "bias"))
         mapped = F.linear(source, weight, bias)
         states = states_of(self.site.details)
-        if states:
+        gates = gates_of(self.site.tensors)
+        if gates is not None:
+            own = self._own_heads(mixed.values)
+            read = naive_mix(own, mixed.allowed, hidden, gates).to(source.dtype)
+            mapped = mapped + read @ self.site.tensors["mix"].T.to(source.dtype)
+        elif states:
             read = naive_states(self._own_heads(mixed.values), mixed.allowed, states)
             vectors = read.unflatten(-1, (states.vectors, -1)).to(source.dtype)
             maps = [*self.site.tensors.get("taps", ()), *self.site.tensors.get("averages", ())]
@@ -54,6 +59,8 @@ class LinearAttention(nn.Module):
 
     def _own_heads(self, values: Tensor) -> Tensor:
         """Return the values [B, H, T, D] without heads that repeat others."""
+        if "mix" in self.site.tensors:
+            return values  # a query head's own, repeated or not
         maps = self.site.tensors.get("taps", self.site.tensors.get("averages"))
         heads = maps.shape[-1] // values.shape[-1]
         return values[:, :: values.shape[1] // heads]
