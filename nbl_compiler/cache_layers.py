@@ -105,7 +105,7 @@ class _ValueStates:
         if self.states and tokens_to_remove:
             raise ConfigError(
                 "a cache from nbl.cache cannot be cropped where it holds value states (assisted "
-                "decoding does): use an ordinary cache, or a plan with taps=0"
+                "decoding does): use an ordinary cache, or a plan without them"
             )
 
 

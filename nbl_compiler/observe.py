@@ -239,7 +239,7 @@ class Observer:
         if possible != observer.states:
             raise CalibrationError(
                 f"{site}: some batches show what value states are made of and others do not "
-                f"({path}); give batches of one kind, or calibrate with taps=0"
+                f"({path}); give batches of one kind, or calibrate without taps and mixed values"
             )
 
         def observe(x: Tensor, y: Tensor, stream: Tensor, mask: Tensor | None) -> None:

@@ -95,6 +95,6 @@ def refuse_spread(found: AttentionMatch, values: Mapping[str, Any]) -> None:
     if any(isinstance(w, Tensor) and is_spread(w) for w in read):
         raise ConfigError(
             f"{found.site}: a tensor-parallel model has the values of some heads in each "
-            "process, and maps that read values need all; calibrate with taps=0, or "
-            "load the model with a device_map instead"
+            "process, and maps that read values need all; calibrate without taps and mixed "
+            "values, or load the model with a device_map instead"
         )

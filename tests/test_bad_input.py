@@ -168,6 +168,8 @@ def test_a_model_cast_to_a_dtype_without_linear_maps(
         ({"taps": True}, "taps=True must be an integer"),
         ({"taps": 1.0}, r"taps=1\.0 must be an integer"),
         ({"averages": 1}, "averages=1 must be True or False"),
+        ({"mixed": 1}, "mixed=1 must be True or False"),
+        ({"mixed": True, "taps": 1}, "give `mixed` or `taps`, not both"),
     ],
 )
 def test_attention_options(options: dict[str, Any], message: str) -> None:

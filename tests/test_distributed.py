@@ -17,7 +17,9 @@ MAP_TOLERANCE = 1e-3
 NMSE_TOLERANCE = 1e-4
 TRIAL_TOLERANCE = 1e-3
 # A failure must not spoil what follows.
-SCENARIOS = ("nan", "no batches", "few", "planned", "shares", "whole text", "trials on own text")
+SCENARIOS = (
+    "nan", "no batches", "few", "planned", "shares", "whole text", "trials on own text", "mixed"
+)  # fmt: skip
 
 
 def share(rank: int, scenario: str) -> list[Tensor]:
@@ -44,6 +46,10 @@ def calibrate(rank: int, scenario: str) -> nbl.Plan:
         return nbl.calibrate(model, whole_text()[:1], config(), whole_text=True, progress=False)
     if scenario == "planned":
         return nbl.plan(model, whole_text(), nbl.Budget(max_loss=0.1), progress=False).plan
+    if scenario == "mixed":
+        return nbl.calibrate(
+            model, whole_text(), config(count=1, mixed=True), whole_text=True, progress=False
+        )
     if scenario == "whole text":
         return nbl.calibrate(model, whole_text(), both_kinds(), whole_text=True, progress=False)
     if scenario == "trials on own text":
@@ -100,6 +106,17 @@ def test_a_text_that_all_processes_have_is_shared(results: Path) -> None:
         assert site.details["tokens"] == other.details["tokens"] == 11 * 8 * 128
         # The same trials, up to maps that differ by rounding.
         assert site.details["loss"] == pytest.approx(other.details["loss"], rel=TRIAL_TOLERANCE)
+
+
+def test_gates_are_fitted_on_what_all_processes_saw(results: Path) -> None:
+    files = [results / f"mixed.{rank}" for rank in range(PROCESSES)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    together = nbl.Plan.load(files[0])
+    alone = nbl.calibrate(tiny(), whole_text(), config(count=1, mixed=True), progress=False)
+    for site, other in zip(together.sites, alone.sites, strict=True):
+        assert (site.decision, site.reason) == (other.decision, other.reason)
+        # L-BFGS goes on from sums in another order.
+        assert site.holdout_nmse == pytest.approx(other.holdout_nmse, rel=1e-3)
 
 
 def test_trials_on_different_texts_choose_the_same_sites(results: Path) -> None:

@@ -77,14 +77,17 @@ def test_greedy_avoids_a_pair_that_is_bad_together():
     assert order == ["a", "c", "b"]
 
 
-@pytest.mark.parametrize("taps", [0, 2])
-def test_the_loss_of_a_site_is_the_divergence_its_map_causes(taps):
+@pytest.mark.parametrize(
+    ("options", "tensor"), [({}, "bias"), ({"taps": 2}, "averages"), ({"mixed": True}, "gates")]
+)
+def test_the_loss_of_a_site_is_the_divergence_its_map_causes(options, tensor):
     model = make("llama")
     batches = [inputs("llama", 4, 64, seed=s)["input_ids"] for s in range(3)]
-    config = nbl.Config(attention=nbl.Attention(count=1, rank_by="loss", taps=taps))
+    config = nbl.Config(attention=nbl.Attention(count=1, rank_by="loss", **options))
     plan = nbl.calibrate(model, batches, config, progress=False)
     (site,) = plan.rewritten
-    assert ("averages" in site.tensors or "taps" in site.tensors) == (taps > 0)
+    assert tensor in site.tensors
+    assert len(site.tensors) == 2 or options
     fast = torch.compile(model, backend="nbl", options={"plan": plan, "lowering": "eager"})
 
     def divergence(ids: torch.Tensor) -> torch.Tensor:

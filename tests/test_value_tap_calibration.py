@@ -59,6 +59,38 @@ def test_uniform_attention_is_recovered(name: str) -> None:
     assert all(site.holdout_nmse > 0.1 for site in without.rewritten)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_attention_over_distances_is_recovered(name: str) -> None:
+    """Equal weights of all positions, of which the first, the oldest in reach, has no value."""
+    model = attending_to_all_alike(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = 0
+    batches = [text(length=7, seed=seed) for seed in range(30)]  # within a sliding window
+    for ids in batches:
+        ids[:, 0] = 1
+    options = config(layers=(0, 1), mixed=True, ridge=0.0)
+    plan = nbl.calibrate(model, batches, options, progress=False)
+    assert all(site.holdout_nmse < EXACT for site in plan.rewritten)
+    # The first token's stream is zero: its norm would blow rounding up.
+    dense, ours = (output(run, batches[0])[:, 1:] for run in (model, compiled(model)))
+    assert (ours - dense).abs().max() / dense.abs().max() < LOGIT_TOLERANCE
+
+
+def test_gates_bring_the_map_closer() -> None:
+    model = tiny()
+    batches = [text(batch=16, length=64, seed=seed) for seed in range(6)]
+    plain, mixed = (
+        nbl.calibrate(model, batches, config(layers=(0, 1), mixed=on), progress=False)
+        for on in (False, True)
+    )
+    for without, site in zip(plain.rewritten, mixed.rewritten, strict=True):
+        assert site.holdout_nmse < 0.9 * without.holdout_nmse
+        assert set(site.tensors) == {"weight", "bias", "mix", "gates", "gate_offsets"}
+        own = sum(tensor.numel() for tensor in site.tensors.values())
+        assert site.details["parameters_read"] == own + site.details["value_parameters"]
+        assert site.reason.endswith("reads mixed values")
+
+
 def test_padding_is_no_part_of_any_average() -> None:
     model = attending_to_all_alike()
     options = config(layers=(0, 1), taps=1, ridge=0.0)
@@ -123,11 +155,12 @@ def test_batches_have_to_agree_on_whether_there_are_states(
 def test_a_plan_with_states_has_a_version_of_its_own() -> None:
     """Releases that know no states must not apply half of such a map."""
     model = attending_to_all_alike()
-    for plan, version in ((calibrated(model, taps=1), 2), (calibrated(model), 1)):
+    plans = ((calibrated(model), 1, 3), (calibrated(model, taps=1), 2, 3))
+    for plan, without, version in (*plans, (calibrated(model, mixed=True), VERSION, VERSION)):
         without_peaks = tuple(replace(sketch, peaks=None) for sketch in plan.fingerprint)
         older = replace(plan, fingerprint=without_peaks)
-        assert f'\\"version\\": {version}'.encode() in to_bytes(older)
-        assert f'\\"version\\": {VERSION}'.encode() in to_bytes(plan)
+        assert f'\\"version\\": {without}'.encode() in to_bytes(older)
+        assert f'\\"version\\": {version}'.encode() in to_bytes(plan)
         assert from_bytes(to_bytes(older)).digest == older.digest
 
 

@@ -34,7 +34,7 @@ from models.architectures import ARCHITECTURES, SLIDING_WINDOW
 import nbl_compiler as nbl
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.match_attention import match
-from nbl_compiler.value_states import States
+from nbl_compiler.value_states import MIX_REACH, States
 
 # As in ``test_oracle``; states add four products as large as the map's own to each output.
 ROUNDING = 1e-4
@@ -42,6 +42,7 @@ BFLOAT16_ROUNDING = 6e-2
 MATTERS = 1.0
 
 SOME = States(taps=2, averages=True)
+MIXED = States(mixed=True)
 KINDS = (States(taps=3), States(averages=True), SOME)
 # Values that are projected in several steps (MLA) have no value path; and the oracle looks into
 # scaled dot-product attention, which the others spell out.
@@ -61,9 +62,16 @@ def assert_equal_within_rounding(run: Run, tolerance: float = ROUNDING) -> None:
     assert (run.dense - run.expected).abs().max() > MATTERS * scale
 
 
+both = pytest.mark.parametrize("states", [SOME, MIXED], ids=str)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_pass(name: str) -> None:
-    assert_equal_within_rounding(full_run(name, "sdpa", states=SOME))
+@both
+def test_one_pass(name: str, states: States) -> None:
+    assert_equal_within_rounding(full_run(name, "sdpa", states=states))
+
+
+RARE = {("llama", "StaticCache"), ("gemma3", "DynamicCache")}
 
 
 @pytest.mark.parametrize("name", [p for p in FAMILIES if p.values[0] in KINDS_OF_CACHES])
@@ -71,6 +79,19 @@ def test_one_pass(name: str) -> None:
 def test_generation_of_padded_prompts(name: str, cache: str) -> None:
     """Three rows with left padding, 32 steps: prefill and decode agree with one pass."""
     assert_equal_within_rounding(generation(name, "sdpa", cache, padded=True, states=SOME))
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        pytest.param(name, cache, marks=thorough if (name, cache) in RARE else ())
+        for name in ("llama", "gemma3")
+        for cache in CACHES
+    ],
+)
+def test_generation_with_mixed_values(name: str, cache: str) -> None:
+    """Beyond the near buckets, and beyond sliding windows."""
+    assert_equal_within_rounding(generation(name, "sdpa", cache, padded=True, states=MIXED))
 
 
 EACH_KIND = [*(("llama", kind) for kind in KINDS), ("gemma3", SOME), ("mistral", SOME)]
@@ -103,18 +124,21 @@ def test_each_kind_of_state(name: str, states: States, cache: str) -> None:
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=thorough) for n in ("gemma3", "gpt2"))]
 )
-def test_symbolic_shapes(name: str) -> None:
-    assert_equal_within_rounding(dynamic_run(name, "sdpa", states=SOME))
+@both
+def test_symbolic_shapes(name: str, states: States) -> None:
+    assert_equal_within_rounding(dynamic_run(name, "sdpa", states=states))
 
 
-@pytest.mark.parametrize("cache", ["StaticCache", "nbl dynamic"])
-def test_residual_input(cache: str) -> None:
-    assert_equal_within_rounding(generation("llama", "sdpa", cache, input="residual", states=SOME))
+@pytest.mark.parametrize(("cache", "states"), [("StaticCache", SOME), ("nbl dynamic", MIXED)])
+def test_residual_input(cache: str, states: States) -> None:
+    run = generation("llama", "sdpa", cache, input="residual", states=states)
+    assert_equal_within_rounding(run)
 
 
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=thorough), "gemma3"])
-def test_bfloat16(name: str) -> None:
-    run = full_run(name, "sdpa", dtype=torch.bfloat16, states=SOME)
+@both
+def test_bfloat16(name: str, states: States) -> None:
+    run = full_run(name, "sdpa", dtype=torch.bfloat16, states=states)
     assert run.logits.dtype == torch.bfloat16
     assert_equal_within_rounding(run, BFLOAT16_ROUNDING)
 
@@ -176,7 +200,19 @@ def test_eager_attention_agrees_with_itself(name: str, cache: str) -> None:
 )
 def test_prefill_in_pieces(name: str, cache: str) -> None:
     """A chat goes on: further calls of several tokens read what earlier calls stored."""
-    one = subject(name, "sdpa", states=SOME)
+    check_prefill_in_pieces(name, cache, SOME)
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("llama", "nbl static"), pytest.param("gemma3", "nbl dynamic", marks=thorough)],
+)
+def test_prefill_in_pieces_with_mixed_values(name: str, cache: str) -> None:
+    check_prefill_in_pieces(name, cache, MIXED)
+
+
+def check_prefill_in_pieces(name: str, cache: str, states: States) -> None:
+    one = subject(name, "sdpa", states=states)
     ids = text(batch=BATCH, length=24)
     past = new_cache(one, cache)
     fast = compile_with(one.model, one.plan)
@@ -189,9 +225,10 @@ def test_prefill_in_pieces(name: str, cache: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=atol, rtol=0)
 
 
-def test_packed_documents_do_not_see_one_another() -> None:
+@both
+def test_packed_documents_do_not_see_one_another(states: States) -> None:
     """Two documents in one row, told apart by their positions: as if each ran alone."""
-    one = subject("llama", "sdpa", states=SOME)
+    one = subject("llama", "sdpa", states=states)
     first, second = text(batch=1, length=9, seed=1), text(batch=1, length=7, seed=2)
     positions = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
     fast = compile_with(one.model, one.plan)
@@ -202,9 +239,10 @@ def test_packed_documents_do_not_see_one_another() -> None:
     torch.testing.assert_close(packed, expected, atol=ROUNDING * expected.std().item(), rtol=0)
 
 
-def test_a_dense_prefill_leaves_what_decoding_needs() -> None:
+@both
+def test_a_dense_prefill_leaves_what_decoding_needs(states: States) -> None:
     """``generate`` with a static cache may run its prefill uncompiled: the cache holds values."""
-    one = subject("llama", "sdpa", linearized=(1,), states=SOME)  # the last: nothing reads it
+    one = subject("llama", "sdpa", linearized=(1,), states=states)  # the last: nothing reads it
     ids = text(batch=2, length=10)
     past = new_cache(one, "StaticCache")
     fast = compile_with(one.model, one.plan)
@@ -226,6 +264,13 @@ def test_the_plans_own_cache_does_not_grow(cache: str) -> None:
     assert nbl.cache_bytes(run.cache) == stored + dense.keys.nbytes + dense.values.nbytes
 
 
+def test_mixed_values_keep_the_near_ones_and_a_sum() -> None:
+    run = generation("llama", "sdpa", "nbl static", padded=True, states=MIXED)
+    linear = run.cache.layers[0]
+    assert linear.value_rows.shape[2] == MIX_REACH
+    assert linear.value_sums.shape[2] == 1
+
+
 def test_behind_a_window_the_plans_own_cache_holds_the_window() -> None:
     run = generation("mistral", "sdpa", "nbl static", states=SOME)
     linear = run.cache.layers[0]
@@ -245,10 +290,14 @@ def test_keys_are_neither_computed_nor_stored(cache: str) -> None:
     assert torch.count_nonzero(run.cache.layers[0].values) > 0
 
 
-@pytest.mark.parametrize("cache", ["DynamicCache", "nbl dynamic", "nbl static"])
-def test_beams_take_their_past_along(cache: str) -> None:
+@pytest.mark.parametrize(
+    ("cache", "states"),
+    [("DynamicCache", SOME), ("nbl dynamic", SOME), ("nbl static", SOME), ("nbl static", MIXED)],
+    ids=str,
+)
+def test_beams_take_their_past_along(cache: str, states: States) -> None:
     """Rows of the cache change places between steps; each must keep its own states."""
-    one = subject("llama", "sdpa", states=SOME)
+    one = subject("llama", "sdpa", states=states)
     ids = text(batch=2, length=12)
     past = new_cache(one, cache)
     fast = compile_with(one.model, one.plan)
@@ -331,9 +380,10 @@ def test_growing_caches_keep_growing_values_only() -> None:
     assert tapped.values.untyped_storage().nbytes() == tapped.values.numel() * 4
 
 
-def test_dumped_graphs_run_alone(tmp_path: Path) -> None:
+@both
+def test_dumped_graphs_run_alone(tmp_path: Path, states: States) -> None:
     """Prefill and decode with the plan's own cache, after all passes."""
-    one = subject("llama", "sdpa", states=SOME)
+    one = subject("llama", "sdpa", states=states)
     past = nbl.cache(one.model, one.plan, 16)
     options = {"plan": one.plan, "lowering": "eager", "dump_dir": tmp_path}
     fast = torch.compile(one.model, backend="nbl", options=options)
@@ -345,7 +395,8 @@ def test_dumped_graphs_run_alone(tmp_path: Path) -> None:
     for folder in folders:
         done = execute(last_file(folder))
         assert done.returncode == 0, done.stderr
-    assert "carried_states(" in last_file(folders[1]).read_text()
+    name = "carried_mix(" if states.mixed else "carried_states("
+    assert name in last_file(folders[1]).read_text()
 
 
 def test_monitored_sites_report_what_their_maps_read() -> None:
@@ -365,10 +416,14 @@ def test_monitored_sites_report_what_their_maps_read() -> None:
     assert all(row.tokens == text().numel() for row in rows)
 
 
-@pytest.mark.parametrize("cache", ["StaticCache", "nbl static"])
-def test_inductor_computes_the_same(cache: str) -> None:
+@pytest.mark.parametrize(
+    ("cache", "states"),
+    [("StaticCache", SOME), ("nbl static", SOME), ("StaticCache", MIXED), ("nbl static", MIXED)],
+    ids=str,
+)
+def test_inductor_computes_the_same(cache: str, states: States) -> None:
     """Prefill over a block of the decaying average, then single tokens."""
-    one = subject("llama", "sdpa", states=SOME)
+    one = subject("llama", "sdpa", states=states)
     ids = text(batch=1, length=CACHE_LENGTH - 2)
     fast = torch.compile(one.model, backend="nbl", options={"plan": one.plan})
     past = new_cache(one, cache)

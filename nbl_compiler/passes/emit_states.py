@@ -99,7 +99,7 @@ def _emit_states(
     if isinstance(path, str):
         raise PlanMismatchError(
             f"{match.site} reads value states, which this graph cannot give: {path}; calibrate "
-            "with taps=0"
+            "without taps and mixed values"
         )
     if path.stand_in is not None:
         return _emit_from_own_layer(graph_module, match, path, states, meta, gates)

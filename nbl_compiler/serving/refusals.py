@@ -78,7 +78,8 @@ def _check_attention(site: Site, config: Mapping[str, Any]) -> None:
     if states_of(site.details):
         raise ConfigError(
             f"{site.name} reads value states, which vLLM would have to keep like the states of a "
-            "recurrent layer; only maps without memory are served: calibrate with taps=0"
+            "recurrent layer; only maps without memory are served: calibrate without taps and "
+            "mixed values"
         )
     width = config["hidden_size"]
     check_shapes(site, {"weight": (width, width), "bias": (width,)})

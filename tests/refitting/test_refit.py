@@ -24,6 +24,7 @@ FORMS = {
     "maps": nbl.Config(nbl.Attention(layers=(0, 1, 2))),
     "maps of the residual stream": nbl.Config(nbl.Attention(layers=(0, 2), input="residual")),
     "maps with states": nbl.Config(nbl.Attention(layers=(0, 1, 2), taps=1)),
+    "mixed values": nbl.Config(nbl.Attention(layers=(0, 1, 2), mixed=True)),
     "kept neurons": nbl.Config(None, nbl.FFN(layers=(0, 1, 2), keep=0.25)),
     "folded whole": nbl.Config(None, nbl.FFN(layers=(0, 1, 2), keep=0.0)),
     "guarded": nbl.Config(
@@ -68,13 +69,13 @@ def disturbance_of_parts(model: nn.Module, plan: Plan, parts: list[Part]) -> flo
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("llama", "maps with states"),
+        ("llama", "mixed values"),
         ("llama", "folded whole"),
         ("llama", "guarded"),
         ("gemma3", "both"),
         *(
             pytest.param("llama", form, marks=pytest.mark.thorough)
-            for form in ("maps", "maps of the residual stream", "kept neurons", "both")
+            for form in ("maps", "maps of the residual stream", "maps with states", "both")
         ),
     ],
 )

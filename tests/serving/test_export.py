@@ -205,7 +205,7 @@ def test_plans_that_are_refused(model: nn.Module, saved: Path, tmp_path: Path) -
     unnamed = replace(one, sites=tuple(ordinals))
     for refused, reason in (
         (every, "linearizes every attention layer"),
-        (states, "reads value states, .* taps=0"),
+        (states, "reads value states, .* without taps"),
         (unnamed, "site 'attention.1' is no attention of this model's 4 layers"),
     ):
         with pytest.raises((ConfigError, PlanMismatchError), match=reason):
