@@ -26,6 +26,7 @@ from nbl_compiler.calibration import observe_model
 from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.plans import Plan
 from nbl_compiler.shared_copy import int8_copy
+from nbl_compiler.value_states import NO_STATES, States
 
 Family = Literal["dense", "attention", "ffn", "weights"]
 HERE, RECIPE, PACKAGE = (
@@ -35,6 +36,7 @@ HERE, RECIPE, PACKAGE = (
 )
 EVERY = 1e9
 """No error is too large: all FFNs are folded."""
+MIXED = States(mixed=True)
 GUARD_TOKENS = 4096
 """Guards fit fewer numbers than maps."""
 
@@ -144,22 +146,22 @@ def _nbl_paper(subject: Subject, fraction: float) -> Made:
     return Made(subject.model, plan, calibration_seconds=seconds)
 
 
-def _attention(taps: int) -> Callable[[Subject, float], Made]:
+def _attention(**options: Any) -> Callable[[Subject, float], Made]:
     def make(subject: Subject, fraction: float) -> Made:
         most = max(_layers(subject.model, subject.most), 1)
-        choice = Attention(count=most, rank_by="loss", taps=taps)
+        choice = Attention(count=most, rank_by="loss", **options)
 
         def calibrate() -> Any:
             return observe_model(subject.model, subject.batches, Config(choice), progress=False)
 
-        found, seconds = subject.remember(f"attention maps, {taps} taps", calibrate)
+        found, seconds = subject.remember(f"attention maps, {options}", calibrate)
         plan = found.plan(replace(choice, count=_layers(subject.model, fraction)))
         return Made(subject.model, plan, calibration_seconds=seconds)
 
     return make
 
 
-def _attention_random(states: bool) -> Callable[[nn.Module, float], Made]:
+def _attention_random(states: States) -> Callable[[nn.Module, float], Made]:
     def make(model: nn.Module, fraction: float) -> Made:
         return Made(model, random_plan(model, _layers(model, fraction), 0, 0.0, states=states))
 
@@ -201,7 +203,7 @@ def _tokens(batch: Any) -> int:
 
 
 def _int8_and_plan(subject: Subject, fraction: float) -> Made:
-    plan = _attention(1)(subject, fraction).plan
+    plan = _attention(mixed=True)(subject, fraction).plan
     return Made(int8_copy(subject.model), plan)
 
 
@@ -216,10 +218,15 @@ CONTENDERS = {
             lambda s, f: _dropped(drop(s.model, s.batches, f)), _drop_random,
         ),
         Contender(
-            "NBL, published", "attention", RECIPE, _nbl_paper, _attention_random(states=False)
+            "NBL, published", "attention", RECIPE, _nbl_paper, _attention_random(NO_STATES)
         ),
-        Contender("NBL", "attention", HERE, _attention(0), _attention_random(states=False)),
-        Contender("value taps", "attention", HERE, _attention(1), _attention_random(states=True)),
+        Contender("NBL", "attention", HERE, _attention(), _attention_random(NO_STATES)),
+        Contender(
+            "value taps", "attention", HERE, _attention(taps=1), _attention_random(States(1, True))
+        ),
+        Contender(
+            "mixed values", "attention", HERE, _attention(mixed=True), _attention_random(MIXED)
+        ),
         Contender(
             "Wanda", "ffn", RECIPE, lambda s, f: Made(wanda(s.model, s.batches, f))
         ),
@@ -257,7 +264,7 @@ CONTENDERS = {
         ),
         Contender(
             "int8 + plan", "weights", PACKAGE + " and this one", _int8_and_plan,
-            lambda m, f: Made(int8_copy(m), _attention_random(states=True)(m, f).plan),
+            lambda m, f: Made(int8_copy(m), _attention_random(MIXED)(m, f).plan),
         ),
     )
 }  # fmt: skip

@@ -9,12 +9,12 @@ from itertools import product
 from bench.growth import Calibration
 from bench.speed_points import DENSE, Point
 
-ATTENTION = ("attention dropped", "NBL, published", "NBL", "value taps")
+ATTENTION = ("attention dropped", "NBL, published", "NBL", "value taps", "mixed values")
 PRUNING = ("magnitude", "FLAP", "Wanda", "RIA", "TEAL", "CATS")
 FOLDED = ("keep+fold", "guarded", "guarded, predicted values")
 TIMED = (
-    "dense eager", DENSE, "empty plan", "attention dropped", "NBL", "value taps", "magnitude",
-    "keep+fold", "guarded", "int8", "int8 + plan",
+    "dense eager", DENSE, "empty plan", "attention dropped", "NBL", "value taps", "mixed values",
+    "magnitude", "keep+fold", "guarded", "int8", "int8 + plan",
 )  # fmt: skip
 
 
@@ -45,15 +45,15 @@ class Profile:
 
 _GEMMA, _QWEN, _LLAMA = "gemma-3-270m", "qwen2.5-0.5b-shape", "llama-3.2-1b-shape"
 
-_FEW = (DENSE, "empty plan", "attention dropped", "value taps", "keep+fold", "guarded")
+_FEW = (DENSE, "empty plan", "attention dropped", "mixed values", "keep+fold", "guarded")
 # Compiling a point takes most of a minute for each contender.
-_FEWER = (DENSE, "value taps", "keep+fold", "guarded")
+_FEWER = (DENSE, "mixed values", "keep+fold", "guarded")
 _STEP = Point("decode", 2048, repeats=5)
 
 SHORT = Profile(
     quality={
         _GEMMA: [
-            (("attention dropped", "value taps"), (0.125,)),
+            (("attention dropped", "mixed values"), (0.125,)),
             (("FLAP", "keep+fold"), (0.5,)),
             (("guarded",), (0.8,)),
         ]
@@ -62,7 +62,7 @@ SHORT = Profile(
     speed={
         _QWEN: [
             replace(_STEP, only=_FEWER),
-            Point("prefill", 512, repeats=3, only=(DENSE, "value taps", "keep+fold")),
+            Point("prefill", 512, repeats=3, only=(DENSE, "mixed values", "keep+fold")),
         ],
     },
     timed=_FEW,

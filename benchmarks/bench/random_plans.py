@@ -13,13 +13,14 @@ from nbl_compiler.config import FFN, Config
 from nbl_compiler.fingerprint import sketch
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.shared_copy import shared_copy
+from nbl_compiler.value_states import BUCKETS, NO_STATES, States
 
 _TEXT = (4, 128)
 """Random tokens that a guard is fitted on: enough for shapes."""
 
 
 def random_plan(
-    model: nn.Module, count: int, ffn: int, keep: float, *, states: bool = False
+    model: nn.Module, count: int, ffn: int, keep: float, *, states: States = NO_STATES
 ) -> Plan:
     """Return a plan that linearizes attention layers and folds FFNs, with random maps.
 
@@ -28,7 +29,7 @@ def random_plan(
         count: Attention layers to linearize, evenly spread.
         ffn: FFNs to fold, likewise.
         keep: Share of the neurons that stay dense in these.
-        states: The maps also read value states: one tap and both averages.
+        states: What the maps also read of the values.
     """
     sites = []
     for kind, suffix, wanted in (("attention", "self_attn", count), ("ffn", "mlp", ffn)):
@@ -76,7 +77,7 @@ def evenly(names: list[str], wanted: int) -> list[str]:
     return names[step - 1 :: step][:wanted]
 
 
-def attention_map(model: nn.Module, states: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def attention_map(model: nn.Module, states: States) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a random linear map of the model's width, and what a site says of it."""
     config = model.config
     width = config.hidden_size
@@ -84,10 +85,16 @@ def attention_map(model: nn.Module, states: bool) -> tuple[dict[str, Tensor], di
     if not states:
         return tensors, {"input": "normed"}
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    values = config.num_key_value_heads * head
-    tensors["taps"] = torch.randn(1, width, values) * 0.02
-    tensors["averages"] = torch.randn(2, width, values) * 0.02
-    return tensors, {"input": "normed", "taps": 1, "averages": True}
+    values, heads = config.num_key_value_heads * head, config.num_attention_heads
+    if states.taps:
+        tensors["taps"] = torch.randn(states.taps, width, values) * 0.02
+    if states.averages:
+        tensors["averages"] = torch.randn(2, width, values) * 0.02
+    if states.mixed:
+        tensors["mix"] = torch.randn(width, heads * head) * 0.02
+        tensors["gates"] = torch.randn(heads, 1 + len(BUCKETS), width) * 0.02
+        tensors["gate_offsets"] = torch.zeros(heads, 1 + len(BUCKETS))
+    return tensors, {"input": "normed", **vars(states)}
 
 
 def folded(block: nn.Module, keep: float) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -49,7 +49,7 @@ def mixed_values(
     running = F.pad(rows.double().cumsum(2), (0, 0, 1, 0))
     means = [
         (_taken(running, positions - first + 1) - _taken(running, positions - last)).float()
-        / size.clamp(min=1)[:, None, :, None]
+        / _shaped(size.clamp(min=1))
         for first, last, size in _buckets(count)
     ]
     return _mixed(weights, means).to(rows.dtype)
@@ -83,6 +83,9 @@ def carried_mix(
     weights = bucket_weights(x.reshape(batch, length, -1), count, gates, offsets)
     rows = joined_rows(past, values)
     positions = last_positions(rows, values)
+    if count.shape[1] == 1:
+        sums = torch.where(_shaped(count > 1), values.float() + total, 0.0)
+        return _carried_of_one(rows, positions, count, weights, sums).to(values.dtype), sums
     running = F.pad(rows.double().cumsum(2), (0, 0, 1, 0))
     own = last_positions(values, values)
     # Tokens whose document began in an earlier call carry on what was summed up there.
@@ -90,7 +93,7 @@ def carried_mix(
     here = torch.where(carries, own + 1, count - 1).clamp(min=0)
     end = _taken(running, positions.unsqueeze(0) + 1)
     since = end - _taken(running, positions + 1 - here)
-    sums = since.float() + torch.where(carries[:, None, :, None], total, 0.0)
+    sums = since.float() + torch.where(_shaped(carries), total, 0.0)
     *near, (*_, size) = _buckets(count)
     parts = [
         (_taken(running, positions - lo + 1) - _taken(running, positions - hi)).float()
@@ -99,7 +102,7 @@ def carried_mix(
     parts.append(sums - sum(parts[1:], parts[0]))
     sizes = [*(n for *_, n in near), size]
     means = [
-        torch.where((n > 0)[:, None, :, None], part, 0.0) / n.clamp(min=1)[:, None, :, None]
+        torch.where(_shaped(n > 0), part, 0.0) / _shaped(n.clamp(min=1))
         for part, n in zip(parts, sizes, strict=True)
     ]
     return _mixed(weights, means).to(values.dtype), sums[:, :, -1:]
@@ -178,16 +181,47 @@ def _taken(running: Tensor, index: Tensor) -> Tensor:
 
 def _of_one(rows: Tensor, positions: Tensor, count: Tensor, weights: Tensor) -> Tensor:
     """Return c of a single token: one product with a weight a position."""
-    batch, heads, length = rows.shape[:3]
-    lag = positions - torch.arange(length, device=rows.device)
-    per_position = torch.zeros((), device=rows.device)
-    for bucket, (first, last, size) in enumerate(_buckets(count), start=1):
+    per_position = _per_position(rows, positions, _shares_of_one(count, weights))
+    mixed: Tensor = per_position @ rows.float()
+    return mixed.reshape(rows.shape[0], 1, -1).to(rows.dtype)
+
+
+def _carried_of_one(
+    rows: Tensor, positions: Tensor, count: Tensor, weights: Tensor, sums: Tensor
+) -> Tensor:
+    """Return c of a single token: the far positions are all but the near ones of the sum."""
+    *near, (_, _, far) = _shares_of_one(count, weights)
+    reach = _buckets(count)[-2][1]  # the end of the last near bucket
+    per_position = _per_position(rows, positions, [*near, (0, reach, -far)])
+    share = far.unflatten(1, (rows.shape[1], -1))  # [B, H, heads / H, 1]
+    return (per_position @ rows.float() + share * sums).reshape(rows.shape[0], 1, -1)
+
+
+Share = tuple[int, Tensor, Tensor]
+"""A bucket's nearest distance, its farthest [B or 1, 1], each position's weight [B, heads, 1]."""
+
+
+def _shares_of_one(count: Tensor, weights: Tensor) -> list[Share]:
+    """Return what each position of every bucket weighs for a single token."""
+    return [
+        (first, last, weights[:, 0, :, i, None] * ((size > 0) / size.clamp(min=1)).unsqueeze(1))
+        for i, (first, last, size) in enumerate(_buckets(count), start=1)
+    ]
+
+
+def _per_position(rows: Tensor, positions: Tensor, shares: Sequence[Share]) -> Tensor:
+    """Return the weight of every row, [B, H, heads / H, R]."""
+    lag = positions - torch.arange(rows.shape[2], device=rows.device)
+    weight = torch.zeros((), device=rows.device)
+    for first, last, share in shares:
         inside = ((lag >= first) & (lag <= last)).unsqueeze(1)  # [B or 1, 1, R]
-        share = weights[:, 0, :, bucket, None] / size.clamp(min=1).unsqueeze(-1)
-        per_position = per_position + torch.where(inside, share, 0.0)
-    grouped = per_position.unflatten(1, (heads, -1))  # [B, H, heads / H, R]
-    mixed: Tensor = grouped @ rows.float()
-    return mixed.reshape(batch, 1, -1).to(rows.dtype)
+        weight = weight + torch.where(inside, share, 0.0)
+    return weight.unflatten(1, (rows.shape[1], -1))
+
+
+def _shaped(per_token: Tensor) -> Tensor:
+    """Return [B or 1, 1, T, 1] of something a token [B or 1, T]."""
+    return per_token[:, None, :, None]
 
 
 def _mixed(weights: Tensor, means: Sequence[Tensor]) -> Tensor:

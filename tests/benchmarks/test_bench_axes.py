@@ -19,6 +19,7 @@ from peers.magnitude import magnitude
 
 import nbl_compiler as nbl
 from nbl_compiler import speed
+from nbl_compiler.value_states import States
 
 RATES = FixedRates()
 POINT = speed_points.Point("prefill", 16, batch=2, repeats=2)
@@ -114,7 +115,8 @@ def test_random_plans_run() -> None:
     model = build("tiny-shape")
     ids = torch.arange(1, 17)[None]
     plans = {
-        "states": random_plan(model, 2, 0, 0.0, states=True),
+        "states": random_plan(model, 2, 0, 0.0, states=States(1, True)),
+        "mixed": random_plan(model, 2, 0, 0.0, states=States(mixed=True)),
         "guarded": guarded_plan(model, 0.25),
     }
     for name, plan in plans.items():
