@@ -68,9 +68,9 @@ bench: $(STAMP)  ## This package beside its peers, into bench.json: BENCH=sweep 
 bench-report: $(STAMP)  ## Fill README and docs from docs/bench/results.json
 	$(BIN)/python benchmarks/report.py docs/bench/results.json
 
-bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt TAPS=1
+bench-quality: $(STAMP)  ## Perplexity after 2, 4 and 8 layers: TEXT=calibration.jsonl EVAL=held_out.txt MIXED=1 or TAPS=1
 	$(BIN)/python benchmarks/attention_quality.py $(if $(TEXT),--text $(TEXT)) $(if $(EVAL),--eval-text $(EVAL)) \
-		$(if $(TAPS),--taps $(TAPS))
+		$(if $(TAPS),--taps $(TAPS)) $(if $(MIXED),--mixed)
 
 bench-speed: $(STAMP)  ## Prefill and decode against dense Inductor, random weights in the shape of Qwen2.5-0.5B
 	$(BIN)/python benchmarks/model_speed.py

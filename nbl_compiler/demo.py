@@ -69,7 +69,7 @@ def run(options: DemoOptions, *, progress: bool = True) -> DemoResult:
     # Trials would choose better FFNs, but take four of the ten minutes that a demo may.
     folded = FFN(count=options.ffn_count, keep=options.keep, rank_by="nmse")
     config = Config(
-        attention=Attention(count=options.count) if options.count else None,
+        attention=Attention(count=options.count, mixed=True) if options.count else None,
         ffn=folded if options.ffn_count else None,
     )
     plan = calibrate(model, batches, config, progress=progress)

@@ -121,8 +121,9 @@ def test_bfloat16(lowering: str) -> None:
     assert (result - exact).norm() < 1.2 * (plain - exact).norm()
 
 
-def test_value_states() -> None:
-    one = subject("llama", taps=1)
+@pytest.mark.parametrize("states", [{"taps": 1}, {"mixed": True}], ids=str)
+def test_value_states(states: dict[str, Any]) -> None:
+    one = subject("llama", **states)
     ids = text(batch=2, length=12)
     assert_same(output(compiled(one.quantized, plan=one.plan), ids), output(one.oracle, ids))
 

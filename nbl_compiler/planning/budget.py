@@ -87,7 +87,7 @@ class Space:
         ConfigError: if there is nothing to choose from, or options say which sites to take.
     """
 
-    attention: Attention | None = field(default_factory=lambda: Attention(taps=1))
+    attention: Attention | None = field(default_factory=lambda: Attention(mixed=True))
     ffns: tuple[FFN, ...] = field(default=(STATIC, GUARDED))
     ridge: Ridge = "auto"
     holdout: float = 0.1

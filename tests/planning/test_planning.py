@@ -106,7 +106,7 @@ def test_a_front_is_shown() -> None:
     shown = str(front)
     assert "plans for decode, 64 tokens of context, batch 1" in shown
     assert "→" in shown
-    assert "linear attention, with states" in shown
+    assert "linear attention, with mixed values" in shown
     assert front.as_json()["points"][front.chosen]["loss"] == front.points[front.chosen].loss
 
 
