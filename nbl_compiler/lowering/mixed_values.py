@@ -194,7 +194,8 @@ def _carried_of_one(
     reach = _buckets(count)[-2][1]  # the end of the last near bucket
     per_position = _per_position(rows, positions, [*near, (0, reach, -far)])
     share = far.unflatten(1, (rows.shape[1], -1))  # [B, H, heads / H, 1]
-    return (per_position @ rows.float() + share * sums).reshape(rows.shape[0], 1, -1)
+    mixed: Tensor = per_position @ rows.float() + share * sums
+    return mixed.reshape(rows.shape[0], 1, -1)
 
 
 Share = tuple[int, Tensor, Tensor]
@@ -216,7 +217,8 @@ def _per_position(rows: Tensor, positions: Tensor, shares: Sequence[Share]) -> T
     for first, last, share in shares:
         inside = ((lag >= first) & (lag <= last)).unsqueeze(1)  # [B or 1, 1, R]
         weight = weight + torch.where(inside, share, 0.0)
-    return weight.unflatten(1, (rows.shape[1], -1))
+    grouped: Tensor = weight.unflatten(1, (rows.shape[1], -1))
+    return grouped
 
 
 def _shaped(per_token: Tensor) -> Tensor:
