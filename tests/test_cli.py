@@ -87,9 +87,11 @@ def test_calibrate_takes_layers_and_a_text_file(monkeypatch, capsys, folder, tmp
     text = tmp_path / "words.txt"
     text.write_text("attention is a mixing of tokens. " * 200)
     path = tmp_path / "plan.safetensors"
-    make_plan(monkeypatch, capsys, folder, path, "--layers", "0,-1", "--text", text)
-    names = [site.name for site in Plan.load(path).rewritten]
-    assert names == ["model.layers.0.self_attn", "model.layers.3.self_attn"]
+    words = ("--layers", "0,-1", "--text", text, "--mixed")
+    make_plan(monkeypatch, capsys, folder, path, *words)
+    sites = Plan.load(path).rewritten
+    assert [site.name for site in sites] == ["model.layers.0.self_attn", "model.layers.3.self_attn"]
+    assert all(site.details["mixed"] for site in sites)
 
 
 def test_eval_reports_dense_nbl_and_dropped(monkeypatch, capsys, folder, tmp_path):
