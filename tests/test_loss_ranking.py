@@ -78,7 +78,12 @@ def test_greedy_avoids_a_pair_that_is_bad_together():
 
 
 @pytest.mark.parametrize(
-    ("options", "tensor"), [({}, "bias"), ({"taps": 2}, "averages"), ({"mixed": True}, "gates")]
+    ("options", "tensor"),
+    [
+        ({}, "bias"),
+        pytest.param({"taps": 2}, "averages", marks=pytest.mark.thorough),
+        ({"mixed": True}, "gates"),
+    ],
 )
 def test_the_loss_of_a_site_is_the_divergence_its_map_causes(options, tensor):
     model = make("llama")

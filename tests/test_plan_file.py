@@ -183,7 +183,7 @@ def rewritten_header(content: bytes, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 4}, "is a plan of version 4; this release reads versions up to 3: calibrate"),
+        ({"version": 5}, "is a plan of version 5; this release reads versions up to 4: calibrate"),
         ({"version": "1"}, "is a plan of version 1; this release"),
         ({"version": None}, "header of .* is damaged"),
         ({"sites": None}, "header of .* is damaged"),

@@ -125,10 +125,10 @@ def test_gemma_through_inductor(gemma):
 
 def test_a_linear_map_is_better_than_nothing(gemma):
     held_out = python_docs_parts()[1]
-    rows = evaluation_rows(held_out, gemma.tokenizer, tokens=1024)
-    assert len(rows) == 2
+    rows = evaluation_rows(held_out, gemma.tokenizer, tokens=512)
+    assert len(rows) == 1
     dense, ours, dropped = (
-        perplexity_of(gemma.model, gemma.tokenizer, plan, held_out, 1024)
+        perplexity_of(gemma.model, gemma.tokenizer, plan, held_out, 512)
         for plan in (nbl.Plan(), gemma.plan, dropping(gemma.plan))
     )
     assert dense < ours < dropped
@@ -163,9 +163,9 @@ def test_minilm_embeddings_stay_close():
 def test_some_of_gemmas_layers_with_everything_through_inductor():
     """Value states in a sliding layer and in one that attends to everything; a static set in one
     FFN, a guard in another: one plan."""
-    model, tokenizer = gemma_of(0, 4, 5)
+    model, tokenizer = gemma_of(4, 5)
     batches = list(token_batches(python_docs_parts()[0], tokenizer, tokens=2048))
-    states = nbl.Attention(layers=(1, 2), taps=1)
+    states = nbl.Attention(layers=(0, 1), mixed=True)
     parts = [
         nbl.Config(attention=states, ffn=nbl.FFN(layers=(1,), keep=0.5)),
         nbl.Config(attention=None, ffn=nbl.FFN(layers=(0,), keep=0.1, guard="predicted")),
@@ -176,7 +176,7 @@ def test_some_of_gemmas_layers_with_everything_through_inductor():
     plan = nbl.Plan(sites, first.fingerprint, first.model)
     forms = [site.details.get("form", site.kind) for site in plan.rewritten]
     assert sorted(forms) == ["attention", "attention", "guarded", "keep+fold"]
-    assert all("averages" in s.tensors for s in plan.rewritten if s.kind == "attention")
+    assert all("gates" in s.tensors for s in plan.rewritten if s.kind == "attention")
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     surgery = fold_by_surgery(model, plan, LAYOUTS["gemma3"])
     case = Calibrated(model, tokenizer, plan, surgery, prompt)
@@ -195,7 +195,7 @@ def test_some_of_gemmas_layers_with_everything_through_inductor():
 @pytest.mark.parametrize(
     ("form", "lowering", "least"),
     [
-        ({"keep": 0.5}, "eager", 0.9),
+        pytest.param({"keep": 0.5}, "eager", 0.9, marks=pytest.mark.thorough),
         ({"keep": 0.1, "guard": "predicted", "capacity": 0.2}, "inductor", 0.9),
         ({"keep": 0.0, "guard": "exact", "coverage": 0.8}, "eager", 0.8),
     ],

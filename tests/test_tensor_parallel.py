@@ -23,6 +23,7 @@ MAP_TOLERANCE = 1e-3
 NMSE_TOLERANCE = 1e-4
 LAYERS = 2
 WEIGHT_TOLERANCE = 1e-5  # what float32 leaves of weights that are read off the graph
+pytestmark = pytest.mark.thorough  # loading transformers in two processes takes a minute
 SCENARIOS = ("nan", "taps", "plan")  # a failure must not spoil what follows
 
 

@@ -166,6 +166,7 @@ def test_what_computes_something_else_is_not_timed() -> None:
     speed_points._check(CONTENDERS["NBL"], right, right)
 
 
+@pytest.mark.thorough
 def test_calibrations_growth() -> None:
     """One batch against four: what the published way holds grows with the tokens."""
     one, two = (

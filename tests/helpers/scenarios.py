@@ -204,7 +204,7 @@ def usual_caches(name: str) -> tuple[tuple[str, str], ...]:
 def spelling_parameters() -> list[Any]:
     """Return the parameters (family, spelling) of tests that look at ``one_pass``.
 
-    Of decoders whose caches are as others have them, only the first spelling is everyday's.
+    Decoders whose caches are as others have them are looked at with a cache every day.
     """
     return [
         pytest.param(
@@ -213,12 +213,12 @@ def spelling_parameters() -> list[Any]:
             id=f"{one.name}-{spelling}",
             marks=[
                 pytest.mark.xdist_group(one.name),
-                *([pytest.mark.thorough] if i and not own else []),
+                *([] if own else [pytest.mark.thorough]),
             ],
         )
         for one in ARCHITECTURES
         for own in (one.kind != "decoder" or one.name in KINDS_OF_CACHES,)
-        for i, spelling in enumerate(one.implementations)
+        for spelling in one.implementations
     ]
 
 
