@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from nbl_compiler.lowering.mixed_values import bucket_masses
 from nbl_compiler.passes.emit_states import emit_count
-from nbl_compiler.passes.graph_tools import argument, example_value, is_call
+from nbl_compiler.passes.graph_tools import argument, is_call
 from nbl_compiler.passes.sites import AttentionMatch
 
 QUERIES_AT_ONCE = 256
@@ -37,7 +37,7 @@ def insert_view_of_weights(graph_module: GraphModule, match: AttentionMatch, see
     if is_call(match.anchor, _SDPA):
         names = ((0, "query"), (1, "key"), (3, "attn_mask"), (5, "is_causal"), (6, "scale"))
         query, key, mask, causal, given_scale = (argument(match.anchor, *n) for n in names)
-        scale = given_scale if isinstance(given_scale, float) else None
+        scale = float(given_scale) if isinstance(given_scale, int | float) else None
 
         def of_sdpa(x: Tensor, count: Tensor, query: Tensor, key: Tensor, mask: Any) -> None:
             see(x, _masses(query, key, mask, bool(causal), scale, count), count)
@@ -57,9 +57,8 @@ def insert_view_of_weights(graph_module: GraphModule, match: AttentionMatch, see
 
 
 def has_plain_scale(match: AttentionMatch) -> bool:
-    """Tell whether the weights can be computed anew from what the graph shows."""
-    scale = argument(match.anchor, 6, "scale")
-    return not isinstance(scale, Node) and isinstance(example_value(match.mixed), Tensor)
+    """Tell whether the weights can be computed anew: the scale is a number, or the usual one."""
+    return not isinstance(argument(match.anchor, 6, "scale"), Node)
 
 
 def _masses(

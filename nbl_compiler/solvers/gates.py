@@ -19,7 +19,7 @@ from nbl_compiler.value_states import Gates
 RIDGES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 """From strong to weak: each starts where the one before it ended, until held-out tokens object."""
 ITERATIONS = 40
-"""Of L-BFGS for each. More change the held-out likelihood by less than a thousandth."""
+"""Of L-BFGS for each."""
 IMPOSSIBLE = -60.0
 """Least log-probability: of buckets that are empty, whose weight is 0."""
 

@@ -75,7 +75,13 @@ def disturbance_of_parts(model: nn.Module, plan: Plan, parts: list[Part]) -> flo
         ("gemma3", "both"),
         *(
             pytest.param("llama", form, marks=pytest.mark.thorough)
-            for form in ("maps", "maps of the residual stream", "maps with states", "both")
+            for form in (
+                "maps",
+                "maps of the residual stream",
+                "maps with states",
+                "kept neurons",
+                "both",
+            )
         ),
     ],
 )

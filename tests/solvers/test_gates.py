@@ -106,4 +106,4 @@ def test_masses_are_sums_over_distances() -> None:
                 if first <= token - position <= (length if last is None else last)
             ]
             expected[..., bucket] += weights[:, :, token, position]
-        torch.testing.assert_close(found[:, token], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[:, token], expected, rtol=0, atol=1e-6)
