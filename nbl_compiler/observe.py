@@ -23,6 +23,7 @@ from nbl_compiler.errors import CalibrationError, UnsupportedDtypeError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import Stage
 from nbl_compiler.fingerprint import Sketch, sketch
+from nbl_compiler.looking import Looking
 from nbl_compiler.lowering.value_states import looks_back
 from nbl_compiler.observe_ffn import FFNObservers
 from nbl_compiler.observe_gates import refuse_spread
@@ -136,7 +137,7 @@ class _SiteObserver:
         self._buffers = None
 
 
-class Observer:
+class Observer(Looking[Observation]):
     """Holds the observers of all sites; ``backend`` is a Dynamo backend.
 
     Args:
@@ -160,7 +161,7 @@ class Observer:
         self._attention, self._gates = attention, dict(gates or {})
         self._states = NO_STATES if config.attention is None else config.attention.states
         self._use_residual = config.attention is not None and config.attention.input == "residual"
-        self._rows = RowChooser(config.holdout, config.seed, rows)
+        super().__init__(RowChooser(config.holdout, config.seed, rows))
         self._failure = Failure(raised_later=rows.count > 1)
         self._ffn = None if begin_ffn is None else FFNObservers(begin_ffn, self._failure)
         self._sites: dict[str, _SiteObserver] = {}
@@ -175,15 +176,6 @@ class Observer:
     def ffn_names(self) -> list[str]:
         """Names of the FFN sites that matched so far, in model order."""
         return [] if self._ffn is None else list(self._ffn.sites)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Number of tokens of the last batch that counted."""
-        return self._rows.tokens
-
-    def start_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of a batch's padding and content before the model runs it."""
-        self._rows.start_batch(inputs)
 
     def backend(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from nbl_compiler.errors import CalibrationError, ConfigError
+from nbl_compiler.looking import Looking
 from nbl_compiler.lowering.mixed_values import bucket_sizes
 from nbl_compiler.passes.attention_weights import has_plain_scale, insert_view_of_weights
 from nbl_compiler.passes.canonicalize import Canonicalize
@@ -24,7 +25,7 @@ Samples = tuple[WeightSamples, WeightSamples]
 """Tokens to fit, and held-out ones."""
 
 
-class GateObserver:
+class GateObserver(Looking[dict[str, Samples]]):
     """Keeps hidden states and attention's weights of all tokens; ``backend`` is a Dynamo backend.
 
     Args:
@@ -33,17 +34,8 @@ class GateObserver:
     """
 
     def __init__(self, holdout: float, seed: int) -> None:
-        self._rows = RowChooser(holdout, seed)
+        super().__init__(RowChooser(holdout, seed))
         self._seen: dict[str, tuple[list[WeightSamples], list[WeightSamples]]] = {}
-
-    @property
-    def batch_tokens(self) -> int:
-        """Number of tokens of the last batch that counted."""
-        return self._rows.tokens
-
-    def start_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of a batch's padding and content before the model runs it."""
-        self._rows.start_batch(inputs)
 
     def backend(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]

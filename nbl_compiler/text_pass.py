@@ -21,6 +21,7 @@ from nbl_compiler.distributed import fail_together, in_any_process
 from nbl_compiler.errors import CalibrationError, NBLError
 from nbl_compiler.ffn.sites import FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
+from nbl_compiler.looking import Looking
 from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.observe_gates import GateObserver, Samples
 from nbl_compiler.passes.private_copy import private_copy
@@ -32,7 +33,6 @@ from nbl_compiler.text_share import length_of
 from nbl_compiler.value_states import Gates
 
 Seen = TypeVar("Seen")
-Looking = Observer | GateObserver
 
 
 class TracedModel:
@@ -44,10 +44,10 @@ class TracedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._observer: Looking | None = None
+        self._observer: Looking[Any] | None = None
         self._run = torch.compile(private_forward(model), backend=self._backend, dynamic=None)
 
-    def __call__(self, observer: Looking, **inputs: Any) -> None:
+    def __call__(self, observer: Looking[Any], **inputs: Any) -> None:
         """Run one batch, with observers at the sites."""
         self._observer = observer
         try:
@@ -111,7 +111,7 @@ def observe(
         if ffn is not None and observer.ffn_names:
             check_selection(observer.ffn_names, ffn)
 
-    return _run(model, batches, observer, observer.finish, "calibrating", progress, check)
+    return _run(model, batches, observer, "calibrating", progress, check)
 
 
 def observe_weights(
@@ -120,7 +120,7 @@ def observe_weights(
     """Run a pass over some text that looks at what attention does with its weights."""
     observer = GateObserver(config.holdout, config.seed)
     title = "looking at attention"
-    return _run(model, batches, observer, observer.finish, title, progress, lambda: None)
+    return _run(model, batches, observer, title, progress, lambda: None)
 
 
 def observe_again(
@@ -137,7 +137,7 @@ def observe_again(
     The stages are this process's alone; the caller merges them.
     """
     observer = Observer(config, attention=False, begin_ffn=begin, rows=rows)
-    seen = _run(model, batches, observer, observer.finish, "fitting FFNs", progress, lambda: None)
+    seen = _run(model, batches, observer, "fitting FFNs", progress, lambda: None)
     assert seen.ffn is not None
     if not in_any_process(bool(seen.ffn.sites)):  # of a few batches, some processes have none
         raise CalibrationError(
@@ -149,8 +149,7 @@ def observe_again(
 def _run(
     model: TracedModel,
     batches: Iterable[Batch],
-    observer: Looking,
-    finish: Callable[[], Seen],
+    observer: Looking[Seen],
     title: str,
     progress: bool,
     check: Callable[[], None],
@@ -159,7 +158,7 @@ def _run(
     error = None
     try:
         _run_batches(model, batches, observer, title, progress, check)
-        seen = finish()
+        seen = observer.finish()
     except NBLError as failure:
         error = failure
     finally:
@@ -171,7 +170,7 @@ def _run(
 def _run_batches(
     traced: TracedModel,
     batches: Iterable[Batch],
-    observer: Looking,
+    observer: Looking[Any],
     title: str,
     progress: bool,
     check: Callable[[], None],
