@@ -12,8 +12,9 @@ from nbl_compiler.several_processes import is_first_process, several_processes
 from nbl_compiler.solvers.gates import fit_gates, joined
 from nbl_compiler.value_states import Gates
 
-GATE_TOKENS = 8_192
-"""To fit gates on, of all processes together; the hidden states of all sites are held for them."""
+GATE_TOKENS = 16_384
+"""To fit gates on, of all processes together; the hidden states of all sites are held for them, in
+bfloat16."""
 
 
 def gates_of_sites(samples: Mapping[str, Samples], *, progress: bool) -> dict[str, Gates]:

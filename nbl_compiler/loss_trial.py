@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -65,7 +64,7 @@ class Trial:
         self._kinds = _own_parts(kinds, share)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
-        self._dense: dict[int, Tensor] = {}
+        self._dense: dict[int, _Said] = {}
         self._graphs: list[TrialGraph] = []
         self._part = 0
         self._predicts = True
@@ -87,7 +86,8 @@ class Trial:
         """
         if not self._dense:
             self._active = {}
-            self._dense = {id(part): self._said(part) for kind in self._kinds for part in kind}
+            every = (part for kind in self._kinds for part in kind)
+            self._dense = {id(part): self._dense_said(part) for part in every}
         if not active:
             return 0.0
         self._active = active
@@ -100,14 +100,8 @@ class Trial:
     def _error_and_total(self, parts: Sequence[Part]) -> tuple[float, float]:
         error, total = 0.0, 0.0
         for part in parts:
-            dense, other = self._dense[id(part)], self._said(part)
-            if self._predicts:
-                # Σ p (log p − log q), without further tensors of the vocabulary's size.
-                divergence = F.kl_div(other, dense, reduction="sum", log_target=True)
-                error, total = error + float(divergence), total + dense.shape[0]
-            else:
-                error += float((other - dense).double().square().sum())
-                total += float((dense - dense.mean(0)).double().square().sum())
+            more, own = self._dense[id(part)].compared_with(self._said(part))
+            error, total = error + more, total + own
         return error, total
 
     def release(self) -> None:
@@ -116,8 +110,12 @@ class Trial:
         for graph in self._graphs:
             graph.release()
 
+    def _dense_said(self, part: Part) -> _Said:
+        said = self._said(part)
+        return _Distributions(said) if self._predicts else _Outputs(said)
+
     def _said(self, part: Part) -> Tensor:
-        """Return log-probabilities [n, V], or the rows of the main output [n, d]."""
+        """Return logits [n, V], or the rows of the main output [n, d]."""
         self._part = id(part)
         returned = self._forward(**part.inputs)
         logits = getattr(returned, "logits", None)
@@ -125,8 +123,9 @@ class Trial:
         main = logits if isinstance(logits, Tensor) else _main_output(returned)
         flat = main.flatten(0, -2)
         # One output a row (a classifier's) has no positions to choose from.
-        chosen = flat if main.ndim < 3 else flat[part.keep(flat.shape[0])]
-        return F.log_softmax(chosen.float(), -1) if self._predicts else chosen.float()
+        if main.ndim >= 3 and part.keep is not None:
+            flat = flat[part.keep(flat.shape[0])]
+        return flat.float()
 
     def _backend(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         del inputs
@@ -160,6 +159,53 @@ class Trial:
         for other in ffn:
             insert(other.site, other.hidden, other.output)
         return switches
+
+
+class _Distributions:
+    """What the dense model predicts: probabilities, and Σ p log p.
+
+    Args:
+        logits: [n, V]; no other tensor of this size is made besides the probabilities.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._p = logits.softmax(-1)
+        self._negative_entropy = _expected(self._p, logits) - _normalizers(logits)
+
+    def compared_with(self, logits: Tensor) -> tuple[float, float]:
+        """Return Σ p (log p − log q) of other logits, and the number of positions."""
+        log_q = _expected(self._p, logits) - _normalizers(logits)
+        return float((self._negative_entropy - log_q).sum()), float(len(logits))
+
+
+class _Outputs:
+    """What the dense model returns, if that is no prediction of tokens.
+
+    Args:
+        rows: [n, d].
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._variation = float((rows - rows.mean(0)).double().square().sum())
+
+    def compared_with(self, rows: Tensor) -> tuple[float, float]:
+        """Return the squared error of other rows, and the variation of these."""
+        return float((rows - self._rows).double().square().sum()), self._variation
+
+
+_Said = _Distributions | _Outputs
+
+
+def _expected(p: Tensor, logits: Tensor) -> Tensor:
+    """Return Σ_v p_v logits_v, [n], float64."""
+    expected: Tensor = torch.linalg.vecdot(p, logits)
+    return expected.double()
+
+
+def _normalizers(logits: Tensor) -> Tensor:
+    """Return log Σ_v exp logits_v, [n], float64."""
+    return logits.logsumexp(-1).double()
 
 
 def _own_parts(kinds: Sequence[Sequence[Part]], share: Share) -> list[list[Part]]:

@@ -60,7 +60,9 @@ class GateObserver(Looking[dict[str, Samples]]):
             parts = (x.reshape(-1, x.shape[-1]), masses.flatten(0, 1), sizes.flatten(0, 1))
             kept = self._seen.setdefault(site, ([], []))
             for chosen, samples in zip(self._rows.split(site, x), kept, strict=True):
-                own = WeightSamples(*(part[chosen].float().cpu() for part in parts))
+                seen, masses, sizes = (part[chosen].cpu() for part in parts)
+                # Rounding to 8 bits is nothing beside what x does not say of the weights.
+                own = WeightSamples(seen.bfloat16(), masses.float(), sizes.float())
                 if not (own.x.isfinite().all() and own.masses.isfinite().all()):
                     raise CalibrationError(f"{site}: activations hold NaN or infinity")
                 samples.append(own)

@@ -30,11 +30,12 @@ class Part:
 
     Args:
         inputs: The model's inputs.
-        keep: Number of flat positions of the logits → indices (or mask) of those to compare.
+        keep: Number of flat positions of the logits → indices (or mask) of those to compare; None
+            for all.
     """
 
     inputs: dict[str, Any]
-    keep: Callable[[int], Tensor]
+    keep: Callable[[int], Tensor] | None = None
 
 
 def kinds_of_text(
@@ -94,8 +95,8 @@ def _edited(part: Part, ids: Tensor, first: int) -> Part:
     kept = inputs.get("logits_to_keep")
     if isinstance(kept, Tensor):
         inputs["logits_to_keep"] = kept[kept >= first]
-        return Part(inputs, lambda count: torch.arange(count, device=ids.device))
-    chosen = part.keep(ids.numel())
+        return Part(inputs)
+    chosen = torch.arange(ids.numel()) if part.keep is None else part.keep(ids.numel())
     chosen = chosen[(chosen < rows * length) & (chosen % length >= first)]
     return Part(inputs, lambda _: chosen)
 
@@ -136,9 +137,7 @@ def _part(model: nn.Module, batch: Mapping[str, Any], rows: int, positions: int)
         kept = torch.arange(0, length, max(rows * length // positions, 1), device=device)
         inputs["logits_to_keep"] = kept
         real = None if mask is None else mask[:, kept].flatten().bool()
-        return Part(
-            inputs, lambda count: torch.arange(count, device=device) if real is None else real
-        )
+        return Part(inputs, None if real is None else lambda _: real)
     every = max(rows * length // positions, 1)
     if mask is None:
         return Part(inputs, lambda count: torch.arange(0, count, every, device=device))

@@ -22,7 +22,9 @@ DECAY = 0.8
 """Of the decaying average: position t − j has weight DECAY^j. Slower and faster ones gave larger
 errors beside one tap and the mean (``benchmarks/value_states.py``)."""
 
-BUCKETS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 1), (2, 4), (5, 16), (17, None))
+BUCKETS: tuple[tuple[int, int | None], ...] = (
+    (0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None)
+)  # fmt: skip
 """Of mixed values: nearest and farthest distance of the positions that get one weight together."""
 MIX_REACH = max(last for _, last in BUCKETS if last is not None)
 """How far the near buckets reach back: as many values a layer keeps, and the sum of the others."""

@@ -88,9 +88,10 @@ def test_same_as_running_everything(make, monkeypatch: pytest.MonkeyPatch) -> No
     assert max(found.values()) > 0.1
 
 
-def test_only_what_is_needed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # the latter combines masks
+def test_only_what_is_needed_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last site: its own layer's end and the head. The first site: all but its inside."""
-    model = tiny(layers=LAYERS)
+    model = tiny(family, layers=LAYERS)
     names = list(dict.fromkeys(nbl.explain(model, text(2, 24)).matched))
     maps = stand_ins(names)
     trial = Trial(model, names, [[part(0)]], residual=False)

@@ -23,6 +23,8 @@ _IN_PLACE_OPERATORS = frozenset(
     | {operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.iand}
     | {operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul}
 )
+# Spelled like writes, because the plain names are keywords of Python.
+_KEYWORD_OPERATORS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 _IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 _VIEW_METHODS = frozenset(
     {"view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand"}
@@ -196,6 +198,8 @@ def _write_target(node: Node) -> Node | None:
     if node.target in _IN_PLACE_OPERATORS or node.target in _IN_PLACE_METHODS:
         is_number = isinstance(example_value(target), _NUMBERS)  # which ``+=`` makes anew
         return None if is_number else target
+    if node.target in _KEYWORD_OPERATORS:
+        return None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         return target

@@ -9,7 +9,7 @@ convex; a ridge on g (for inputs of variance 1) is chosen by held-out tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class WeightSamples:
     """What some tokens' attention did.
 
     Args:
-        x: Hidden states, [n, d].
+        x: Hidden states, [n, d]; of any float dtype, the others are float32.
         masses: Weights of buckets, [n, heads, 1 + buckets].
         sizes: Positions in the buckets, [n, 1 + buckets].
     """
@@ -48,6 +48,7 @@ def fit_gates(train: WeightSamples, holdout: WeightSamples) -> tuple[Gates, floa
         train: Tokens to fit.
         holdout: Tokens that choose the ridge.
     """
+    train, holdout = (replace(s, x=s.x.float()) for s in (train, holdout))
     mean = train.x.mean(0)
     scale = train.x.std(0).clamp(min=1e-6 * float(train.x.abs().max()) + 1e-12)
     shape = (train.x.shape[1] + 1, *train.masses.shape[1:])

@@ -101,6 +101,8 @@ def is_product(node: Node, find: Callable[..., list[Node]]) -> bool:
         lambda h: F.dropout(h, 0.0, False, False),
         lambda h: h + 1,
         lambda h: h.__add__(1),
+        lambda h: torch.where((h > 0) & (h < 2), h, 1.0),
+        lambda h: torch.where(operator.or_(h > 0, h < 2), h, 1.0),
     ],
 )
 def test_calls_that_write_nothing_are_no_writes(call: Callable[[Tensor], Tensor]) -> None:

@@ -60,8 +60,9 @@ def disturbance_of_parts(model: nn.Module, plan: Plan, parts: list[Part]) -> flo
             output(run, **part.inputs).log_softmax(-1).flatten(0, 1)
             for run in (model, compiled(model, plan=plan))
         )
-        chosen = part.keep(len(dense))
-        losses = (dense.exp() * (dense - planned)).sum(-1)[chosen]
+        losses = (dense.exp() * (dense - planned)).sum(-1)
+        if part.keep is not None:
+            losses = losses[part.keep(len(dense))]
         total, count = total + float(losses.sum()), count + losses.numel()
     return total / count
 
