@@ -26,6 +26,7 @@ def start(launcher: tuple[str, ...], *words: object) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.thorough  # tests/test_distributed.py does the same by the API every day
 def test_two_processes_write_the_plan_of_one(folder: Path, tmp_path: Path) -> None:
     words = ("--tokens", 4096, "--length", 128, "--count", 2)
     plans = {}

@@ -114,6 +114,7 @@ def test_some_of_gemmas_layers_decode_like_surgery_with_every_cache():
     assert saved == pytest.approx(2 / 3)  # at this length every layer's cache has the same size
 
 
+@pytest.mark.thorough  # some of its layers are compiled every day
 def test_gemma_through_inductor(gemma):
     """Prefill and greedy decoding with the plan's own cache."""
     tokens, logits = expected_tokens(gemma)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from helpers.plans import random_plan
 from helpers.tiny import compiled, output, text, tiny
 from models.architectures import BY_NAME, HIDDEN
@@ -79,6 +80,7 @@ def run(**variables: str) -> str:
     return done.stderr
 
 
+@pytest.mark.thorough  # two processes of their own
 def test_torch_logs_knows_the_package() -> None:
     assert "no plan" not in run()
     told = run(TORCH_LOGS="nbl_compiler")

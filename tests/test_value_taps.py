@@ -430,7 +430,7 @@ def test_monitored_sites_report_what_their_maps_read() -> None:
 @pytest.mark.parametrize(
     ("cache", "states"),
     [
-        ("StaticCache", SOME),
+        pytest.param("StaticCache", SOME, marks=thorough),
         pytest.param("nbl static", SOME, marks=thorough),
         pytest.param("StaticCache", MIXED, marks=thorough),
         ("nbl static", MIXED),
