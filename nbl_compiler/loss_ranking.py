@@ -16,6 +16,7 @@ as it is will do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -107,21 +108,24 @@ def rank_ffns(
 
 
 def greedy_order(
-    alone: Mapping[str, float], depth: int, disturbance: Callable[[Sequence[str]], float]
+    alone: Mapping[str, float], depth: int, disturbance: Callable[[Sequence[str], float], float]
 ) -> list[str]:
     """Return all names, the first ``depth`` chosen greedily for what they do together.
 
     Args:
         alone: Name → disturbance of that one alone.
         depth: How many places to fill greedily.
-        disturbance: Of several together.
+        disturbance: Of several together; of those beyond a limit any number beyond it will do.
     """
     left = sorted(alone, key=lambda name: alone[name])
     chosen = left[:1]
     left = left[1:]
     while left and len(chosen) < depth:
-        together = {name: disturbance([*chosen, name]) for name in left[:COMPETITORS]}
-        best = min(together, key=lambda name: together[name])
+        best, least = left[0], math.inf
+        for name in left[:COMPETITORS]:
+            together = disturbance([*chosen, name], least)
+            if together < least:
+                best, least = name, together
         chosen.append(best)
         left.remove(best)
     return chosen + left
@@ -140,9 +144,9 @@ def _ranked(
     total = len(names) + max(depth - 1, 0) * COMPETITORS
     with torch.no_grad(), tqdm(total=total, desc="ranking", disable=not progress) as bar:
 
-        def disturbance(active: Sequence[str]) -> float:
+        def disturbance(active: Sequence[str], limit: float = math.inf) -> float:
             bar.update(1)
-            return trial({name: stand_ins[name] for name in active})
+            return trial({name: stand_ins[name] for name in active}, limit=limit)
 
         alone = {name: disturbance([name]) for name in names}
         places = {n: place for place, n in enumerate(greedy_order(alone, depth, disturbance))}

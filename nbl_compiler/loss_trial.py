@@ -11,6 +11,7 @@ the site's stand-in. What lies before the first replaced site is computed once (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,18 +69,27 @@ class Trial:
         self._graphs: list[TrialGraph] = []
         self._part = 0
         self._predicts = True
+        self._order = list(range(MOST_KINDS))
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether disturbances are divergences in nats, rather than relative squared errors."""
         return self._predicts
 
-    def __call__(self, active: Mapping[str, StandIn], *, kinds: int | None = None) -> float:
+    def __call__(
+        self,
+        active: Mapping[str, StandIn],
+        *,
+        kinds: int = MOST_KINDS,
+        limit: float = math.inf,
+    ) -> float:
         """Return the disturbance of some sites' stand-ins together, on the worst kind of text.
 
         Args:
             active: Site name → what stands in for it; all others are dense.
             kinds: How many kinds of text to try, from the first on; by default all.
+            limit: Once a kind is worse than this the others are not tried, and what is returned is
+                a lower bound. The kind that was worst before comes first.
 
         Raises:
             ConfigError: if the model returns no tensor.
@@ -91,11 +101,21 @@ class Trial:
         if not active:
             return 0.0
         self._active = active
-        sums = torch.zeros(MOST_KINDS, 2, dtype=torch.float64)
-        for kind, parts in zip(sums, self._kinds[:kinds], strict=False):
-            kind += torch.tensor(self._error_and_total(parts), dtype=torch.float64)
+        found: dict[int, float] = {}
+        for kind in self._order:
+            if kind < kinds and max(found.values(), default=0.0) <= limit:
+                found[kind] = self._disturbance(kind)
+        if len(found) == MOST_KINDS:
+            self._order.sort(key=found.__getitem__, reverse=True)
+        return max(found.values())
+
+    def _disturbance(self, kind: int) -> float:
+        """Return that of one kind of text, over all processes; 0 where there is no such text."""
+        parts = self._kinds[kind] if kind < len(self._kinds) else ()
+        sums = torch.tensor(self._error_and_total(parts), dtype=torch.float64)
         all_sum(sums)
-        return max(error / total if total else 0.0 for error, total in sums.tolist())
+        error, total = sums.tolist()
+        return error / total if total else 0.0
 
     def _error_and_total(self, parts: Sequence[Part]) -> tuple[float, float]:
         error, total = 0.0, 0.0

@@ -34,7 +34,7 @@ KL_ROUNDING = 1e-6
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.integers(0, 8))
 def test_additive_disturbances_are_ordered_by_size(costs, depth):
     alone = {str(i): cost for i, cost in enumerate(costs)}
-    order = greedy_order(alone, depth, lambda names: sum(alone[n] for n in names))
+    order = greedy_order(alone, depth, lambda names, _: sum(alone[n] for n in names))
     assert sorted(alone.values()) == [alone[name] for name in order]
 
 
@@ -73,7 +73,7 @@ def test_greedy_avoids_a_pair_that_is_bad_together():
     alone = {"a": 1.0, "b": 1.1, "c": 1.2}
     together = {frozenset(p): sum(alone[n] for n in p) for p in combinations(alone, 2)}
     together[frozenset("ab")] = 50.0
-    order = greedy_order(alone, 2, lambda names: together[frozenset(names)])
+    order = greedy_order(alone, 2, lambda names, _: together[frozenset(names)])
     assert order == ["a", "c", "b"]
 
 

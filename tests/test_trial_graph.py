@@ -88,6 +88,28 @@ def test_same_as_running_everything(make, monkeypatch: pytest.MonkeyPatch) -> No
     assert max(found.values()) > 0.1
 
 
+def test_beyond_a_limit_the_worst_kind_of_before_is_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny(layers=1)
+    maps = stand_ins(list(nbl.explain(model, text(2, 24)).matched))
+    kinds = [[part(0)], [part(1), part(2)], [part(3)]]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        trial = Trial(model, maps, kinds, residual=False)
+        each = [Trial(model, maps, [kind], residual=False)(maps) for kind in kinds]
+        assert trial(maps) == max(each)
+        ran: list[int] = []
+        said = Trial._said
+        monkeypatch.setattr(Trial, "_said", lambda self, one: ran.append(1) or said(self, one))
+        worst = max(range(len(kinds)), key=each.__getitem__)
+        assert trial(maps, limit=min(each) / 2) == each[worst]
+        assert len(ran) == len(kinds[worst])
+        ran.clear()
+        assert trial(maps, limit=max(each)) == max(each)
+        assert len(ran) == 4
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # the latter combines masks
 def test_only_what_is_needed_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last site: its own layer's end and the head. The first site: all but its inside."""

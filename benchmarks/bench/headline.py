@@ -8,11 +8,12 @@ from bench.results import Row
 from bench.tables import column, distinct, markdown, of_kind, value
 
 FASTER = (
-    "empty plan", "attention dropped", "NBL", "value taps", "magnitude", "keep+fold", "guarded",
+    "empty plan", "attention dropped", "NBL", "value taps", "mixed values", "magnitude",
+    "keep+fold", "guarded",
 )  # fmt: skip
 LOSSES = (
-    "attention dropped", "NBL, published", "NBL", "value taps", "magnitude", "FLAP", "Wanda", "RIA",
-    "TEAL", "CATS", "keep+fold", "guarded",
+    "attention dropped", "NBL, published", "NBL", "value taps", "mixed values", "magnitude",
+    "FLAP", "Wanda", "RIA", "TEAL", "CATS", "keep+fold", "guarded",
 )  # fmt: skip
 _OPENING = (
     "Next to other ways to the same end, all of a row in turns in one process, by "

@@ -30,7 +30,7 @@ from nbl_compiler.registry import attach
 from nbl_compiler.select import attention_site, ffn_site
 from nbl_compiler.several_processes import several_processes
 from nbl_compiler.shared_copy import int8_copy
-from nbl_compiler.trial_text import kinds_of_text
+from nbl_compiler.trial_text import MOST_KINDS, kinds_of_text
 
 # Tokens a trial: half of what choosing by rank takes, for there are many more of them.
 PLAN_TOKENS = 1024
@@ -216,7 +216,7 @@ def _search(
         # FFNs see one token at a time: without linear attention, text as it is will do. (The first
         # linear attention must then make up for what edited text costs the FFNs before it.)
         edited = edited and any(map(attends, choices.values()))
-        return trial(active, kinds=None if edited else 1)
+        return trial(active, kinds=MOST_KINDS if edited else 1)
 
     def sharpen(choice: Choice) -> Choice:
         """Also look at edited text, which may cost more than text as it is."""
