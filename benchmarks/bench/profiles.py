@@ -54,11 +54,11 @@ SHORT = Profile(
     quality={
         _GEMMA: [
             (("attention dropped", "mixed values"), (0.125,)),
-            (("FLAP", "keep+fold"), (0.5,)),
+            (("FLAP",), (0.5,)),
             (("guarded",), (0.8,)),
         ]
     },
-    embeddings=[(("keep+fold", "TARDIS, published"), (0.8,))],
+    embeddings=[(("keep+fold",), (0.8,))],
     speed={
         _QWEN: [
             replace(_STEP, only=_FEWER),
