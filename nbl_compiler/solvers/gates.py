@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nbl_compiler.value_states import Gates
 
-RIDGES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-"""From strong to weak: each starts where the one before it ended, until held-out tokens object."""
+RIDGE, WEAKER, STRONGER = 1e-2, (3e-3, 1e-3, 3e-4), (3e-2, 1e-1)
+"""Where the search begins, and where it goes from there, until held-out tokens object: thousands of
+tokens want a weaker one, hundreds a stronger one. Each fit starts where the one before it ended."""
 ITERATIONS = 40
 """Of L-BFGS for each."""
 IMPOSSIBLE = -60.0
@@ -42,7 +43,7 @@ class WeightSamples:
 def fit_gates(train: WeightSamples, holdout: WeightSamples) -> tuple[Gates, float]:
     """Return gates, and the mean held-out Σ_b m_b log(m_b / p_b) of a head, in nats.
 
-    Without held-out tokens the strongest ridge but one is taken.
+    Without held-out tokens a strong ridge is taken.
 
     Args:
         train: Tokens to fit.
@@ -51,20 +52,28 @@ def fit_gates(train: WeightSamples, holdout: WeightSamples) -> tuple[Gates, floa
     train, holdout = (replace(s, x=s.x.float()) for s in (train, holdout))
     mean = train.x.mean(0)
     scale = train.x.std(0).clamp(min=1e-6 * float(train.x.abs().max()) + 1e-12)
+    fitted = _standard(train, mean, scale)
+    judged = _standard(holdout if len(holdout.x) else train, mean, scale)
     shape = (train.x.shape[1] + 1, *train.masses.shape[1:])
-    weight = train.x.new_zeros(shape)
-    best: tuple[float, Tensor] | None = None
-    with torch.enable_grad():
-        for ridge in RIDGES if len(holdout.x) else RIDGES[1:2]:
-            weight = _fitted(_standard(train, mean, scale), ridge, weight)
-            with torch.no_grad():
-                judged = holdout if len(holdout.x) else train
-                error = float(_divergence(_standard(judged, mean, scale), weight))
-            if best is not None and error >= best[0]:
-                break
-            best = error, weight
-    assert best is not None
-    error, chosen = best
+
+    def tried(ridge: float, start: Tensor) -> tuple[float, Tensor]:
+        with torch.enable_grad():
+            weight = _fitted(fitted, ridge, start)
+        return float(_divergence(judged, weight)), weight
+
+    nothing = train.x.new_zeros(shape)
+    if len(holdout.x):
+        error, chosen = first = tried(RIDGE, nothing)
+        for ridges in (WEAKER, STRONGER):
+            if chosen is not first[1]:
+                break  # it got better the other way
+            for ridge in ridges:
+                other, weight = tried(ridge, chosen)
+                if other >= error:
+                    break
+                error, chosen = other, weight
+    else:
+        error, chosen = tried(STRONGER[0], nothing)
     slopes = chosen[:-1] / scale[:, None, None]
     offset = chosen[-1] - torch.einsum("d,dhb->hb", mean, slopes)
     return Gates(slopes.permute(1, 2, 0).contiguous(), offset.contiguous()), error / shape[1]
