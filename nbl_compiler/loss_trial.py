@@ -1,9 +1,6 @@
 """Running a model with any of its sites replaced, and comparing what it says with the dense model.
 
-    disturbance = mean over positions of  Σ_v p(v) (log p(v) − log q(v)),   p dense, q with maps
-
-For a model that predicts no tokens it is the relative squared error of its main output instead,
-Σ‖q − p‖² / Σ‖p − p̄‖².
+What is compared: ``disturbance.py``.
 
 One traced graph serves all trials: at every site a switch passes the dense output on, or that of
 the site's stand-in. What lies before the first replaced site is computed once (``trial_graph.py``).
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from nbl_compiler.disturbance import Distributions, Outputs, Said
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.passes.canonicalize import Canonicalize
 from nbl_compiler.passes.collectives import without_collectives
@@ -65,7 +63,7 @@ class Trial:
         self._kinds = _own_parts(kinds, share)
         # A function of its own: Dynamo must not keep these graphs with the model's forward.
         self._forward = torch.compile(lambda **inputs: model(**inputs), backend=self._backend)
-        self._dense: dict[int, _Said] = {}
+        self._dense: dict[int, Said] = {}
         self._graphs: list[TrialGraph] = []
         self._part = 0
         self._predicts = True
@@ -130,9 +128,9 @@ class Trial:
         for graph in self._graphs:
             graph.release()
 
-    def _dense_said(self, part: Part) -> _Said:
+    def _dense_said(self, part: Part) -> Said:
         said = self._said(part)
-        return _Distributions(said) if self._predicts else _Outputs(said)
+        return Distributions(said) if self._predicts else Outputs(said)
 
     def _said(self, part: Part) -> Tensor:
         """Return logits [n, V], or the rows of the main output [n, d]."""
@@ -179,53 +177,6 @@ class Trial:
         for other in ffn:
             insert(other.site, other.hidden, other.output)
         return switches
-
-
-class _Distributions:
-    """What the dense model predicts: probabilities, and Σ p log p.
-
-    Args:
-        logits: [n, V]; no other tensor of this size is made besides the probabilities.
-    """
-
-    def __init__(self, logits: Tensor) -> None:
-        self._p = logits.softmax(-1)
-        self._negative_entropy = _expected(self._p, logits) - _normalizers(logits)
-
-    def compared_with(self, logits: Tensor) -> tuple[float, float]:
-        """Return Σ p (log p − log q) of other logits, and the number of positions."""
-        log_q = _expected(self._p, logits) - _normalizers(logits)
-        return float((self._negative_entropy - log_q).sum()), float(len(logits))
-
-
-class _Outputs:
-    """What the dense model returns, if that is no prediction of tokens.
-
-    Args:
-        rows: [n, d].
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-        self._variation = float((rows - rows.mean(0)).double().square().sum())
-
-    def compared_with(self, rows: Tensor) -> tuple[float, float]:
-        """Return the squared error of other rows, and the variation of these."""
-        return float((rows - self._rows).double().square().sum()), self._variation
-
-
-_Said = _Distributions | _Outputs
-
-
-def _expected(p: Tensor, logits: Tensor) -> Tensor:
-    """Return Σ_v p_v logits_v, [n], float64."""
-    expected: Tensor = torch.linalg.vecdot(p, logits)
-    return expected.double()
-
-
-def _normalizers(logits: Tensor) -> Tensor:
-    """Return log Σ_v exp logits_v, [n], float64."""
-    return logits.logsumexp(-1).double()
 
 
 def _own_parts(kinds: Sequence[Sequence[Part]], share: Share) -> list[list[Part]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 from bench.growth import Calibration
@@ -61,11 +61,12 @@ SHORT = Profile(
     embeddings=[(("keep+fold",), (0.8,))],
     speed={
         _QWEN: [
-            replace(_STEP, only=_FEWER),
+            _STEP,
+            # Guards are for decode.
             Point("prefill", 512, repeats=3, only=(DENSE, "mixed values", "keep+fold")),
         ],
     },
-    timed=_FEW,
+    timed=_FEWER,
     tokens=4_096,
 )
 
@@ -82,7 +83,7 @@ SWEEP = Profile(
     timed=_FEW,
     calibration=[Calibration(640, 4_096, layers=24, rounds=1)],
 )  # fmt: skip
-"""Decode alone, over contexts and batches, by those of the short form: about half an hour."""
+"""Decode alone, over contexts and batches, by those of the short form and two more."""
 
 
 QUALITY = Profile(

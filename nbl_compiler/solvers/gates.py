@@ -61,19 +61,23 @@ def fit_gates(train: WeightSamples, holdout: WeightSamples) -> tuple[Gates, floa
             weight = _fitted(fitted, ridge, start)
         return float(_divergence(judged, weight)), weight
 
+    def improved(best: tuple[float, Tensor], ridges: Sequence[float]) -> tuple[float, Tensor]:
+        for ridge in ridges:
+            other = tried(ridge, best[1])
+            if other[0] >= best[0]:
+                break
+            best = other
+        return best
+
     nothing = train.x.new_zeros(shape)
     if len(holdout.x):
-        error, chosen = first = tried(RIDGE, nothing)
-        for ridges in (WEAKER, STRONGER):
-            if chosen is not first[1]:
-                break  # it got better the other way
-            for ridge in ridges:
-                other, weight = tried(ridge, chosen)
-                if other >= error:
-                    break
-                error, chosen = other, weight
+        first = tried(RIDGE, nothing)
+        best = improved(first, WEAKER)
+        if best is first:
+            best = improved(first, STRONGER)
     else:
-        error, chosen = tried(STRONGER[0], nothing)
+        best = tried(STRONGER[0], nothing)
+    error, chosen = best
     slopes = chosen[:-1] / scale[:, None, None]
     offset = chosen[-1] - torch.einsum("d,dhb->hb", mean, slopes)
     return Gates(slopes.permute(1, 2, 0).contiguous(), offset.contiguous()), error / shape[1]

@@ -12,7 +12,8 @@ from nbl_compiler.observe_gates import GateObserver
 
 HEADS, SIZE, LENGTH = 3, 4, 24
 WIDTH = HEADS * SIZE
-ROUNDING = 1e-5
+# Float32: a softmax, and running sums of weights up to 1.
+ROUNDING = 1e-6
 
 
 class Attention(nn.Module):
@@ -85,4 +86,4 @@ def test_masses_are_those_of_the_models_own_weights(scale: float | None, fused: 
     expected = bucket_masses(weights, torch.arange(1, LENGTH + 1).unsqueeze(0))
     torch.testing.assert_close(train.masses, expected.flatten(0, 1), rtol=0, atol=ROUNDING)
     assert train.masses.std() > 0.1
-    torch.testing.assert_close(train.x.float(), normed.flatten(0, 1), rtol=2**-8, atol=0)
+    assert torch.equal(train.x, normed.flatten(0, 1).bfloat16())
