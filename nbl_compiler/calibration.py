@@ -255,10 +255,14 @@ def observe_forms(
     text = text_of(batches, work.batches, shared=whole_text, again=again)
     traced = TracedModel(model)
     gates: dict[str, Gates] = {}
+    first_pass = text
     if mixed:
-        samples = observe_weights(traced, text.first(GATE_TOKENS), config, progress=progress)
-        gates = gates_of_sites(samples, progress=progress)
-    seen = observe(traced, text, config, rows=work.rows, gates=gates, progress=progress)
+        first_pass = text.with_recoded()
+        some = first_pass.first(GATE_TOKENS)
+        gates = gates_of_sites(
+            observe_weights(traced, some, config, progress=progress), progress=progress
+        )
+    seen = observe(traced, first_pass, config, rows=work.rows, gates=gates, progress=progress)
     observation = merge_across_processes(seen)
     _check_tokens(observation)
     sketches = _sketches(model)

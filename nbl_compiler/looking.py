@@ -28,8 +28,14 @@ class Looking(ABC, Generic[Seen]):
         """Number of tokens of the last batch that counted."""
         return self._rows.tokens
 
-    def start_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of a batch's padding and content before the model runs it."""
+    def start_batch(self, inputs: Mapping[str, Any], *, recoded: bool = False) -> None:
+        """Take note of a batch's padding and content before the model runs it.
+
+        Args:
+            inputs: Of the model.
+            recoded: Whether its most frequent tokens were replaced.
+        """
+        del recoded
         self._rows.start_batch(inputs)
 
     @abstractmethod

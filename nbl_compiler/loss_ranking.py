@@ -3,7 +3,8 @@
 What an error in one layer costs depends on the rest of the model, which no score of the layer
 alone (NMSE, CCA) knows; and two maps that are harmless alone may not be so together. So sites are
 tried (``loss_trial.py``): first each alone, then greedily, each time adding the one of the next few
-that disturbs the model's predictions least.
+that disturbs the model's predictions least. A trial ends as soon as it is clear that its sites will
+not be among the next few.
 
 Attention is tried on three kinds of text, and the worst of them counts. Text as it is; text that
 repeats itself; and recoded text, in which each row's most frequent tokens are others. Some layers
@@ -49,14 +50,17 @@ def rank_attention(
     share: Share = ALONE,
     progress: bool,
 ) -> tuple[Candidate, ...]:
-    """Return the candidates with their ``loss_rank``, and ``loss`` (alone, nats) in the details.
+    """Return the candidates with their ``loss_rank``, and what they cost alone in the details.
+
+    That is ``loss`` (nats), or, of those that are too dear to be tried together with others, a
+    lower bound of it, ``loss_at_least``.
 
     Args:
         model: The dense model.
         candidates: Sites with their maps.
         batches: Model inputs that the maps were not fitted on.
-        options: Say how many sites are wanted (further ones keep the order they have alone), and
-            what the maps read.
+        options: Say how many sites are wanted (further ones are in no exact order), and what the
+            maps read.
         share: Of the trials' text, if all processes of a job have the same (see ``Trial``).
         progress: Show a progress bar.
 
@@ -84,7 +88,7 @@ def rank_ffns(
     share: Share = ALONE,
     progress: bool,
 ) -> tuple[FFNFit, ...]:
-    """Return the fits with their ``loss_rank``, and ``loss`` (alone, nats) in the details.
+    """Return the fits with their ``loss_rank``, and what they cost alone in the details.
 
     Args:
         model: The dense model.
@@ -131,6 +135,28 @@ def greedy_order(
     return chosen + left
 
 
+def best_alone(
+    names: Sequence[str], places: int, disturbance: Callable[[Sequence[str], float], float]
+) -> tuple[dict[str, float], frozenset[str]]:
+    """Return name → disturbance alone, and those of which it is but a lower bound.
+
+    The ``places`` smallest are none of these, and no bound is below them.
+
+    Args:
+        names: The sooner the best ones come, the fewer trials run to their end.
+        places: How many must be known.
+        disturbance: As for ``greedy_order``.
+    """
+    alone: dict[str, float] = {}
+    bounds = set()
+    for name in names:
+        limit = sorted(alone.values())[places - 1] if len(alone) >= places else math.inf
+        alone[name] = disturbance([name], limit)
+        if alone[name] > limit:
+            bounds.add(name)
+    return alone, frozenset(bounds)
+
+
 def _ranked(
     found: Sequence[Ranked],
     trial: Trial,
@@ -139,7 +165,7 @@ def _ranked(
     progress: bool,
 ) -> tuple[Ranked, ...]:
     """Try those with a stand-in and return all, with their place and their disturbance alone."""
-    names = list(stand_ins)
+    names = sorted(stand_ins, key={one.name: one.holdout_nmse for one in found}.__getitem__)
     depth = min(wanted_count(len(names), options), len(names))
     total = len(names) + max(depth - 1, 0) * COMPETITORS
     with torch.no_grad(), tqdm(total=total, desc="ranking", disable=not progress) as bar:
@@ -148,12 +174,13 @@ def _ranked(
             bar.update(1)
             return trial({name: stand_ins[name] for name in active}, limit=limit)
 
-        alone = {name: disturbance([name]) for name in names}
+        alone, bounds = best_alone(names, depth + COMPETITORS - 1, disturbance)
         places = {n: place for place, n in enumerate(greedy_order(alone, depth, disturbance))}
     trial.release()
-    return tuple(
-        replace(one, loss_rank=places[one.name], details={**one.details, "loss": alone[one.name]})
-        if one.name in places
-        else one
-        for one in found
-    )
+
+    def tried(one: Ranked) -> Ranked:
+        known = "loss_at_least" if one.name in bounds else "loss"
+        details = {**one.details, known: alone[one.name]}
+        return replace(one, loss_rank=places[one.name], details=details)
+
+    return tuple(tried(one) if one.name in places else one for one in found)

@@ -50,6 +50,11 @@ class Candidate:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Gates | None = None
 
+    @property
+    def holdout_nmse(self) -> float:
+        """Of the map."""
+        return self.fit.holdout_nmse
+
 
 def fit_sites(observation: Observation, config: Config, *, progress: bool) -> tuple[Candidate, ...]:
     """Fit the map of every matched site, in model order."""
@@ -67,7 +72,7 @@ def decide(
     Raises:
         ConfigError: if ``layers`` names sites that do not exist, or ``count`` exceeds them.
     """
-    holdout = {c.name: c.fit.holdout_nmse for c in candidates}
+    holdout = {c.name: c.holdout_nmse for c in candidates}
     check_selection(list(holdout), attention)
     scores = {c.name: c.cca_bound for c in candidates} if attention.rank_by == "cca" else holdout
     order, rank_by = _ordered(scores, {c.name: c.loss_rank for c in candidates}, attention)

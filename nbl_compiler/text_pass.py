@@ -15,7 +15,7 @@ import torch._dynamo
 from torch import nn
 from torch.fx import GraphModule
 
-from nbl_compiler.batches import Batch, cheap_arguments, model_inputs
+from nbl_compiler.batches import cheap_arguments, model_inputs
 from nbl_compiler.config import Config
 from nbl_compiler.distributed import fail_together, in_any_process
 from nbl_compiler.errors import CalibrationError, NBLError
@@ -26,10 +26,11 @@ from nbl_compiler.observe import Observation, Observer
 from nbl_compiler.observe_gates import GateObserver, Samples
 from nbl_compiler.passes.private_copy import private_copy
 from nbl_compiler.progress import token_bar
+from nbl_compiler.recoded_text import Recoded
 from nbl_compiler.row_openings import RowOpenings
 from nbl_compiler.select import check_selection
 from nbl_compiler.several_processes import ALONE, Share
-from nbl_compiler.text_share import length_of
+from nbl_compiler.text_share import Passage, length_of
 from nbl_compiler.value_states import Gates
 
 Seen = TypeVar("Seen")
@@ -72,7 +73,7 @@ class TracedModel:
 
 def observe(
     model: TracedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Passage],
     config: Config,
     *,
     rows: Share = ALONE,
@@ -83,7 +84,7 @@ def observe(
 
     Args:
         model: To run.
-        batches: Text.
+        batches: Text. FFN sites are not looked at where it is recoded.
         config: What to look at.
         rows: Which of the rows this process takes.
         gates: Site name → gates, where mixed values are to be looked at.
@@ -115,7 +116,7 @@ def observe(
 
 
 def observe_weights(
-    model: TracedModel, batches: Iterable[Batch], config: Config, *, progress: bool
+    model: TracedModel, batches: Iterable[Passage], config: Config, *, progress: bool
 ) -> dict[str, Samples]:
     """Run a pass over some text that looks at what attention does with its weights."""
     observer = GateObserver(config.holdout, config.seed)
@@ -125,7 +126,7 @@ def observe_weights(
 
 def observe_again(
     model: TracedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Passage],
     config: Config,
     begin: Callable[[FFNSite], Stage | None],
     *,
@@ -148,7 +149,7 @@ def observe_again(
 
 def _run(
     model: TracedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Passage],
     observer: Looking[Seen],
     title: str,
     progress: bool,
@@ -169,7 +170,7 @@ def _run(
 
 def _run_batches(
     traced: TracedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Passage],
     observer: Looking[Any],
     title: str,
     progress: bool,
@@ -181,15 +182,25 @@ def _run_batches(
     openings = RowOpenings(model)
     total = length_of(batches)
     with torch.no_grad(), many_shapes(), token_bar(total, title, progress) as advance:
-        for number, batch in enumerate(batches):
-            inputs = model_inputs(model, batch, device)
-            observer.start_batch(inputs)
-            openings.add(inputs)
-            traced(observer, **{**cheap, **inputs})
+        for number, passage in enumerate(batches):
+            recoded = isinstance(passage, Recoded)
+            inputs = _inputs(model, passage, device)
+            if inputs is not None:
+                observer.start_batch(inputs, recoded=recoded)
+                if not recoded:
+                    openings.add(inputs)
+                traced(observer, **{**cheap, **inputs})
             if number == 0:
                 check()  # a wrong request ends here, not after the last batch
-            advance(observer.batch_tokens)
+            advance(0 if inputs is None else observer.batch_tokens)
     openings.warn()
+
+
+def _inputs(model: nn.Module, passage: Passage, device: torch.device) -> dict[str, Any] | None:
+    """Return the model's inputs, or None for a batch that cannot be recoded."""
+    if isinstance(passage, Recoded):
+        return passage.inputs(model, model_inputs(model, passage.batch, device))
+    return model_inputs(model, passage, device)
 
 
 def private_forward(model: nn.Module) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nbl_compiler.batches import cheap_arguments
+from nbl_compiler.recoded_text import can_be_edited, ordinary_tokens
+from nbl_compiler.recoded_text import recoded as recoded_rows
 
 # Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
 # Fewer tokens make the order a matter of luck.
@@ -17,11 +19,6 @@ TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
 # As it is, repeated and recoded.
 MOST_KINDS = 3
-# Rows of fewer tokens say nothing when they are repeated or recoded.
-MIN_EDITED = 16
-# How many tokens of a row's vocabulary are replaced: punctuation, articles, the words of its topic.
-# With 8 the last layers, which pick up a text's conventions, still looked harmless.
-RECODED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,10 @@ def kinds_of_text(
 ) -> list[list[Part]]:
     """Return text as it is and, where it can be edited, repeated and recoded."""
     natural = few_rows(model, batches, tokens)
-    plain = [part for part in natural if can_be_edited(part)]
-    return [natural, [*map(repeated, plain)], [*map(recoded, plain)]] if plain else [natural]
-
-
-def can_be_edited(part: Part) -> bool:
-    """Tell whether the part holds rows of token ids without padding, of more than a few tokens."""
-    ids, mask = part.inputs.get("input_ids"), part.inputs.get("attention_mask")
-    whole = not isinstance(mask, Tensor) or bool(mask.all())
-    return isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] >= MIN_EDITED and whole
+    plain = [part for part in natural if can_be_edited(part.inputs)]
+    if not plain:
+        return [natural]
+    return [natural, [*map(repeated, plain)], [recoded(model, part) for part in plain]]
 
 
 def repeated(part: Part) -> Part:
@@ -66,22 +58,10 @@ def repeated(part: Part) -> Part:
     return _edited(part, again, first=half + 1)
 
 
-def recoded(part: Part) -> Part:
-    """Return half of the part's rows with the most frequent tokens of each replaced by others.
-
-    The opening token stays. The others come from the part, and are the same on every run.
-    """
-    ids = part.inputs["input_ids"].cpu()
-    generator = torch.Generator().manual_seed(0)
-    known = ids[:, 1:].unique()
-    changed = ids.clone()
-    for row, new in zip(ids[:, 1:], changed[:, 1:], strict=True):
-        tokens, counts = row.unique(return_counts=True)
-        frequent = tokens[counts.argsort(descending=True, stable=True)[:RECODED_TOKENS]]
-        others = known[torch.randperm(known.numel(), generator=generator)]
-        for old, other in zip(frequent, others, strict=False):
-            new[row == old] = other
-    return _edited(part, changed.to(part.inputs["input_ids"].device), first=0)
+def recoded(model: nn.Module, part: Part) -> Part:
+    """Return half of the part's rows, recoded."""
+    ids = part.inputs["input_ids"]
+    return _edited(part, recoded_rows(ids, ordinary_tokens(model, ids)), first=0)
 
 
 def _edited(part: Part, ids: Tensor, first: int) -> Part:
