@@ -74,7 +74,8 @@ class Attention:
         mixed: Instead of taps and averages the map reads mixed values: what attention would give
             if its weights depended on the token that asks and on distances, not on the tokens that
             are asked. A layer then keeps 16 values and one sum. Much closer than the others; its
-            gates are fitted to attention's own weights (two passes over some of the text).
+            gates are fitted to attention's own weights (two passes over some of the text), and
+            half of the text is gone through again with its most frequent tokens replaced.
 
     Raises:
         ConfigError: for contradictory or out-of-range options.
