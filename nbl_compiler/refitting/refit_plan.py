@@ -32,7 +32,7 @@ from nbl_compiler.solvers.ffn_moments import RegressionMoments
 from nbl_compiler.solvers.ffn_regression import AffineMap, squared_errors
 from nbl_compiler.solvers.folding import FFNWeights
 from nbl_compiler.text_pass import device_of
-from nbl_compiler.trial_text import few_rows
+from nbl_compiler.trial_text import few_rows, kinds_of_text
 from nbl_compiler.value_states import gates_of, states_of
 
 # How much of what is missing from the stream a site is asked to put back.
@@ -57,7 +57,8 @@ def refit(
     asked to give brings that stream back to the dense model's (``refitting/target.py``). The
     ridge, towards what the plan holds, is chosen on held-out tokens. On text that no map was fitted
     on, each site then takes what disturbs the model's predictions least: a new map of one of
-    several strengths, or the plan's own. So the loss on that text never rises.
+    several strengths, or the plan's own. So the loss on that text never rises; with attention among
+    the sites, on the worst of the kinds of text that ``rank_by="loss"`` tries.
 
     Every layer runs twice over the text, dense and compressed, whatever the number of sites. What
     lies between two sites is kept on disk: memory does not grow with the text.
@@ -121,12 +122,13 @@ class _Work:
 
 
 def _trial(model: nn.Module, plan: Plan, aside: Sequence[Mapping[str, Any]]) -> Trial:
-    """Return the comparison with the dense model, on text as it is."""
+    """Return the comparison with the dense model, on the kinds of text that sites are chosen by."""
     sites = plan.rewritten
+    attention = any(site.kind == "attention" for site in sites)
     return Trial(
         model,
         [site.name for site in sites],
-        [few_rows(model, aside)],
+        kinds_of_text(model, aside) if attention else [few_rows(model, aside)],
         residual=any(site.details.get("input") == "residual" for site in sites),
         states={site.name: states_of(site.details) for site in sites if site.kind == "attention"},
         gates={site.name: gates_of(site.tensors) for site in sites},
