@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from nbl_compiler.batches import Batch, model_inputs
+from nbl_compiler.batches import Batch
+from nbl_compiler.calibration_checks import check_request, check_tokens
 from nbl_compiler.config import FFN, Attention, Config
 from nbl_compiler.device_map import traceable
 from nbl_compiler.distributed import merge_across_processes, plan_of_first_process
-from nbl_compiler.errors import (
-    CalibrationError,
-    ConfigError,
-    InferenceOnlyError,
-    UnsupportedDtypeError,
-)
+from nbl_compiler.errors import ConfigError
 from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
 from nbl_compiler.fit_gates import GATE_TOKENS, gates_of_sites
-from nbl_compiler.int8_weights import is_quantized
+from nbl_compiler.held_back import all_but_last
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
-from nbl_compiler.passes.rewrite_sites import SUPPORTED_DTYPES
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.registry import attach
-from nbl_compiler.released_weights import refuse_released
 from nbl_compiler.select import Candidate, decide, decide_ffn, fit_sites, needs_trials
 from nbl_compiler.several_processes import ALONE, Share, is_first_process
 from nbl_compiler.tensor_parallel import work_of
@@ -42,15 +35,8 @@ from nbl_compiler.text_pass import (
     observe_again,
     observe_weights,
 )
-from nbl_compiler.text_share import Text, text_of, tokens_of
-from nbl_compiler.trial_text import TRIAL_TOKENS
+from nbl_compiler.text_share import Text, text_of
 from nbl_compiler.value_states import Gates
-
-# Below this many rows no map is worth solving; up to a few times the width, cross-validation and
-# the ridge still find a usable one.
-MIN_TOKENS = 16
-# Share of the text that trials (``rank_by="loss"``) may keep from the fit.
-MOST_ASIDE = 0.2
 
 
 def calibrate(
@@ -255,16 +241,13 @@ def observe_forms(
     text = text_of(batches, work.batches, shared=whole_text, again=again)
     traced = TracedModel(model)
     gates: dict[str, Gates] = {}
-    first_pass = text
+    first = text.with_recoded() if mixed else text
     if mixed:
-        first_pass = text.with_recoded()
-        some = first_pass.first(GATE_TOKENS)
-        gates = gates_of_sites(
-            observe_weights(traced, some, config, progress=progress), progress=progress
-        )
-    seen = observe(traced, first_pass, config, rows=work.rows, gates=gates, progress=progress)
+        samples = observe_weights(traced, first.first(GATE_TOKENS), config, progress=progress)
+        gates = gates_of_sites(samples, progress=progress)
+    seen = observe(traced, first, config, rows=work.rows, gates=gates, progress=progress)
     observation = merge_across_processes(seen)
-    _check_tokens(observation)
+    check_tokens(observation)
     sketches = _sketches(model)
     positions = {known: i for i, known in enumerate(sketches)}
     for site in observation.sites.values():
@@ -321,76 +304,6 @@ def _fit_ffns(
         )
         for fit in fits
     )
-
-
-def check_request(model: nn.Module) -> None:
-    """Raise unless the model can be calibrated as it is.
-
-    Raises:
-        InferenceOnlyError: if the model is in training mode.
-        UnsupportedDtypeError: if a weight is quantized, or stored in a dtype that has no linear
-            maps here.
-        WeightsReleasedError: if weights were released for a plan.
-    """
-    if any(module.training for module in (model, *_dropouts(model))):
-        raise InferenceOnlyError("the model is in training mode; call model.eval() first")
-    refuse_released(model.parameters(), "calibration")
-    for name, weight in model.named_parameters():
-        if is_quantized(weight):
-            raise UnsupportedDtypeError(
-                f"{name} is quantized; calibrate the model as it was loaded, quantize it then: the "
-                "plan applies to the quantized model"
-            )
-        computes = weight.is_floating_point() or weight.is_complex()
-        if computes and weight.dtype not in SUPPORTED_DTYPES:
-            raise UnsupportedDtypeError(
-                f"{name} is stored in {weight.dtype}; load the model in float32, bfloat16 or "
-                "float16 to calibrate it"
-            )
-
-
-def _dropouts(model: nn.Module) -> list[nn.Module]:
-    kind = nn.modules.dropout._DropoutNd
-    return [module for module in model.modules() if isinstance(module, kind) and module.p > 0]
-
-
-def all_but_last(
-    model: nn.Module, batches: Iterable[Batch], aside: list[dict[str, Any]]
-) -> Iterator[Batch]:
-    """Yield the batches but the last few, which go ``aside``; a single batch serves both ends.
-
-    Enough are held back for trials, if they are no more than ``MOST_ASIDE`` of all tokens.
-    """
-    held: deque[Batch] = deque()
-    total = 0
-    for batch in batches:
-        held.append(batch)
-        total += tokens_of(batch)
-        while sum(map(tokens_of, held)) - tokens_of(held[0]) >= TRIAL_TOKENS:
-            yield held.popleft()
-    while len(held) > 1 and sum(map(tokens_of, held)) > MOST_ASIDE * total:
-        yield held.popleft()
-    aside.extend(model_inputs(model, batch, device_of(model)) for batch in held)
-    if held and total == tokens_of(held[0]):
-        yield held[0]
-
-
-def _check_tokens(observation: Observation) -> None:
-    ffn = observation.ffn
-    counts = {name: site.train.count for name, site in observation.sites.items()}
-    if ffn is not None:
-        stages = ffn.stages.items()
-        counts |= {n: s.moments.count for n, s in stages if isinstance(s, NeuronStage)}
-    if not counts and not observation.rejected and not (ffn and ffn.rejected):
-        raise CalibrationError(
-            "no attention or FFN site was seen: were there any batches, and is this a transformer?"
-        )
-    for name, count in counts.items():
-        if count < MIN_TOKENS:
-            raise CalibrationError(
-                f"{name} saw {count} calibration tokens; give at least {MIN_TOKENS} "
-                "(tens of thousands for a good fit)"
-            )
 
 
 def _sketches(model: nn.Module) -> tuple[Sketch, ...]:

@@ -29,14 +29,8 @@ class Looking(ABC, Generic[Seen]):
         return self._rows.tokens
 
     def start_batch(self, inputs: Mapping[str, Any], *, recoded: bool = False) -> None:
-        """Take note of a batch's padding and content before the model runs it.
-
-        Args:
-            inputs: Of the model.
-            recoded: Whether its most frequent tokens were replaced.
-        """
-        del recoded
-        self._rows.start_batch(inputs)
+        """Take note of a batch before the model runs it (``RowChooser.start_batch``)."""
+        self._rows.start_batch(inputs, recoded=recoded)
 
     @abstractmethod
     def backend(

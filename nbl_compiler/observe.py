@@ -177,12 +177,6 @@ class Observer(Looking[Observation]):
         """Names of the FFN sites that matched so far, in model order."""
         return [] if self._ffn is None else list(self._ffn.sites)
 
-    def start_batch(self, inputs: Mapping[str, Any], *, recoded: bool = False) -> None:
-        """Take note of a batch; FFNs are fitted on text as it is alone."""
-        super().start_batch(inputs, recoded=recoded)
-        if self._ffn is not None:
-            self._ffn.looking = not recoded
-
     def backend(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:

@@ -37,7 +37,6 @@ class FFNObservers:
 
     def __init__(self, begin: Callable[[FFNSite], Stage | None], failure: Failure) -> None:
         self._begin, self._failure = begin, failure
-        self.looking = True
         self.sites: dict[str, FFNSite] = {}
         self.stages: dict[str, Stage] = {}
         self.rejected: dict[str, Rejected] = {}
@@ -73,8 +72,8 @@ class FFNObservers:
         device = self.sites[name].weights.w1.device
 
         def observe(x: Tensor, hidden: Tensor, y: Tensor) -> None:
-            if not self.looking:
-                return
+            if chooser.recoded:
+                return  # FFNs are fitted on text as it is
             if is_spread(down):
                 hidden = whole_of_parts(hidden, -1, down)
             # Weights that are kept elsewhere come to the device for the forward pass alone.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nbl_compiler.batches import Batch
 
-# Rows of fewer tokens say nothing when they are recoded.
+# Rows of fewer tokens say nothing when they are repeated or recoded.
 MIN_EDITED = 16
 # How many tokens of a row's vocabulary are replaced: punctuation, articles, the words of its topic.
 # With 8 the last layers, which pick up a text's conventions, still looked harmless.

@@ -39,9 +39,16 @@ class RowChooser:
         self._masks: dict[Side, Tensor] = {}
         self._contents: dict[Side, list[Tensor]] = {}
         self._two_stacks = False
+        self.recoded = False
 
-    def start_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of a batch's padding and content before the model runs it."""
+    def start_batch(self, inputs: Mapping[str, Any], *, recoded: bool = False) -> None:
+        """Take note of a batch's padding and content before the model runs it.
+
+        Args:
+            inputs: Of the model.
+            recoded: Whether its most frequent tokens were replaced; not every site looks then.
+        """
+        self.recoded = recoded
         self._chosen, self._moved = {}, {}
         self._masks, self._contents = {}, {"encoder": [], "decoder": []}
         tensors = {name: v for name, v in sorted(inputs.items()) if isinstance(v, Tensor)}

@@ -13,7 +13,7 @@ from models.architectures import inputs, make
 from torch import nn
 
 import nbl_compiler as nbl
-from nbl_compiler import calibration
+from nbl_compiler import held_back
 from nbl_compiler.errors import ConfigError
 from nbl_compiler.loss_ranking import best_alone, greedy_order
 from nbl_compiler.trial_text import (
@@ -107,7 +107,7 @@ def test_what_trials_keep_from_the_fit(rows):
     """Batches of 64 tokens a row: enough for the trials, and a fifth of the text at most."""
     model, aside = make("llama", layers=1), []
     batches = [torch.ones(count, 64, dtype=torch.long) for count in rows]
-    fitted = list(calibration.all_but_last(model, iter(batches), aside))
+    fitted = list(held_back.all_but_last(model, iter(batches), aside))
     kept = sum(batch["input_ids"].numel() for batch in aside)
     total = 64 * sum(rows)
     if len(rows) == 1:
@@ -116,10 +116,10 @@ def test_what_trials_keep_from_the_fit(rows):
     assert sum(map(torch.numel, fitted)) + kept == total
     assert aside
     last = batches[-1].numel()
-    assert kept <= max(calibration.MOST_ASIDE * total, last)
+    assert kept <= max(held_back.MOST_ASIDE * total, last)
     smallest = kept - aside[0]["input_ids"].numel()
     assert smallest < TRIAL_TOKENS  # no batch more than trials need
-    room = calibration.MOST_ASIDE * total >= TRIAL_TOKENS + max(b.numel() for b in batches)
+    room = held_back.MOST_ASIDE * total >= TRIAL_TOKENS + max(b.numel() for b in batches)
     assert kept >= TRIAL_TOKENS or not room
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nbl_compiler.batches import Batch
-from nbl_compiler.calibration import Calibrated, all_but_last, observe_forms
+from nbl_compiler.calibration import Calibrated, observe_forms
 from nbl_compiler.config import FFN, Config
 from nbl_compiler.cost import Machine
 from nbl_compiler.errors import CalibrationError, ConfigError
 from nbl_compiler.ffn.stand_in import folded_ffn
+from nbl_compiler.held_back import all_but_last
 from nbl_compiler.loss_trial import Trial
 from nbl_compiler.machine import measure_machine
 from nbl_compiler.models import hidden_size

@@ -15,9 +15,10 @@ from torch.fx import Node
 from tqdm.auto import tqdm
 
 from nbl_compiler.batches import Batch, model_inputs
-from nbl_compiler.calibration import all_but_last, check_request
+from nbl_compiler.calibration_checks import check_request
 from nbl_compiler.config import Ridge
 from nbl_compiler.errors import CalibrationError, ConfigError
+from nbl_compiler.held_back import all_but_last
 from nbl_compiler.loss_trial import Trial
 from nbl_compiler.plans import Plan, Site
 from nbl_compiler.refitting.regression import fit, prior_of, refusal, rows_of, stand_in, with_map

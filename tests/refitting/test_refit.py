@@ -11,8 +11,8 @@ from helpers.tiny import compiled, output, text, tiny
 from torch import Tensor, nn
 
 import nbl_compiler as nbl
-from nbl_compiler.calibration import all_but_last
 from nbl_compiler.errors import CalibrationError, ConfigError, InferenceOnlyError
+from nbl_compiler.held_back import all_but_last
 from nbl_compiler.plans import Plan
 from nbl_compiler.refitting import refit_plan
 from nbl_compiler.refitting.regression import RIDGES
