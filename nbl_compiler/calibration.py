@@ -19,7 +19,7 @@ from nbl_compiler.ffn.fit import fit_ffns
 from nbl_compiler.ffn.sites import FFNFit, FFNSite
 from nbl_compiler.ffn.stages import NeuronStage, Stage
 from nbl_compiler.fingerprint import Sketch, sketch
-from nbl_compiler.fit_gates import GATE_TOKENS, gates_of_sites
+from nbl_compiler.fit_gates import gate_tokens, gates_of_sites
 from nbl_compiler.held_back import all_but_last
 from nbl_compiler.loss_ranking import rank_attention, rank_ffns
 from nbl_compiler.observe import Observation
@@ -243,7 +243,9 @@ def observe_forms(
     gates: dict[str, Gates] = {}
     first = text.with_recoded() if mixed else text
     if mixed:
-        samples = observe_weights(traced, first.first(GATE_TOKENS), config, progress=progress)
+        samples = observe_weights(
+            traced, first.first(gate_tokens(model)), config, progress=progress
+        )
         gates = gates_of_sites(samples, progress=progress)
     seen = observe(traced, first, config, rows=work.rows, gates=gates, progress=progress)
     observation = merge_across_processes(seen)

@@ -3,16 +3,17 @@
 What an error in one layer costs depends on the rest of the model, which no score of the layer
 alone (NMSE, CCA) knows; and two maps that are harmless alone may not be so together. So sites are
 tried (``loss_trial.py``): first each alone, then greedily, each time adding the one of the next few
-that disturbs the model's predictions least. A trial ends as soon as it is clear that its sites will
-not be among the next few.
+that adds least to the disturbance of the model's predictions. A trial ends as soon as it is clear
+that its sites will not be among the next few.
 
-Attention is tried on three kinds of text, and the worst of them counts. Text as it is; text that
-repeats itself; and recoded text, in which each row's most frequent tokens are others. Some layers
-look for what followed an earlier occurrence of a token (induction heads, arXiv 2209.11895), or pick
-up the conventions of a text (spaces in front of commas, say) from what came before; no map of one
-token can do either. Ordinary text of a few hundred tokens hardly needs them, long contexts and
-texts of another kind than the calibration's do. An FFN sees one token at a time, so for FFNs text
-as it is will do.
+Attention is tried on four kinds of text, and a site's worst one counts. Text as it is; text that
+repeats itself; recoded text, in which each row's most frequent tokens are others; and what the
+model writes itself. Some layers look for what followed an earlier occurrence of a token (induction
+heads, arXiv 2209.11895), or pick up the conventions of a text (spaces in front of commas, say) from
+what came before; no map of one token can do either. Ordinary text of a few hundred tokens hardly
+needs them, long contexts and texts of another kind than the calibration's do. And a map may fit one
+kind of text much better than all others, which only others tell. An FFN sees one token at a time,
+so for FFNs text as it is will do.
 """
 
 from __future__ import annotations
@@ -111,50 +112,70 @@ def rank_ffns(
     return _ranked(fits, trial, folded, options, progress)
 
 
+Kinds = Mapping[int, float]
+"""Kind of text → disturbance."""
+
+
 def greedy_order(
-    alone: Mapping[str, float], depth: int, disturbance: Callable[[Sequence[str], float], float]
+    alone: Mapping[str, Kinds],
+    depth: int,
+    disturbance: Callable[[Sequence[str], Kinds, float], Kinds],
 ) -> list[str]:
     """Return all names, the first ``depth`` chosen greedily for what they do together.
 
+    Each time the name is added that adds least, on the kind of text to which it adds most. (The
+    least of the worst kind's sum would do otherwise: what adds to other kinds would cost nothing as
+    long as another kind is worse.)
+
     Args:
-        alone: Name → disturbance of that one alone.
+        alone: Name → disturbances of that one alone.
         depth: How many places to fill greedily.
-        disturbance: Of several together; of those beyond a limit any number beyond it will do.
+        disturbance: Of several together; once a kind is more than a limit above what it was before,
+            others may be left out.
     """
-    left = sorted(alone, key=lambda name: alone[name])
+    left = sorted(alone, key=lambda name: worst(alone[name]))
     chosen = left[:1]
+    before = alone[chosen[0]] if chosen else {}
     left = left[1:]
     while left and len(chosen) < depth:
-        best, least = left[0], math.inf
+        best, least, after = left[0], math.inf, before
         for name in left[:COMPETITORS]:
-            together = disturbance([*chosen, name], least)
-            if together < least:
-                best, least = name, together
+            together = disturbance([*chosen, name], before, least)
+            adds = max(together[kind] - before[kind] for kind in together)
+            if adds < least:
+                best, least, after = name, adds, together
         chosen.append(best)
         left.remove(best)
+        before = after
     return chosen + left
 
 
 def best_alone(
-    names: Sequence[str], places: int, disturbance: Callable[[Sequence[str], float], float]
-) -> tuple[dict[str, float], frozenset[str]]:
-    """Return name → disturbance alone, and those of which it is but a lower bound.
+    names: Sequence[str], places: int, disturbance: Callable[[str, float], Kinds]
+) -> tuple[dict[str, Kinds], frozenset[str]]:
+    """Return name → disturbances alone, and those of which the worst is but a lower bound.
 
     The ``places`` smallest are none of these, and no bound is below them.
 
     Args:
         names: The sooner the best ones come, the fewer trials run to their end.
         places: How many must be known.
-        disturbance: As for ``greedy_order``.
+        disturbance: Of one name; once a kind is above a limit, others may be left out.
     """
-    alone: dict[str, float] = {}
+    alone: dict[str, Kinds] = {}
     bounds = set()
     for name in names:
-        limit = sorted(alone.values())[places - 1] if len(alone) >= places else math.inf
-        alone[name] = disturbance([name], limit)
-        if alone[name] > limit:
+        known = sorted(map(worst, alone.values()))
+        limit = known[places - 1] if len(known) >= places else math.inf
+        alone[name] = disturbance(name, limit)
+        if worst(alone[name]) > limit:
             bounds.add(name)
     return alone, frozenset(bounds)
+
+
+def worst(kinds: Kinds) -> float:
+    """Return the disturbance on the worst kind of text."""
+    return max(kinds.values())
 
 
 def _ranked(
@@ -170,17 +191,22 @@ def _ranked(
     total = len(names) + max(depth - 1, 0) * COMPETITORS
     with torch.no_grad(), tqdm(total=total, desc="ranking", disable=not progress) as bar:
 
-        def disturbance(active: Sequence[str], limit: float = math.inf) -> float:
+        def of_one(name: str, limit: float) -> Kinds:
             bar.update(1)
-            return trial({name: stand_ins[name] for name in active}, limit=limit)
+            return trial.each_kind({name: stand_ins[name]}, limit=limit)
 
-        alone, bounds = best_alone(names, depth + COMPETITORS - 1, disturbance)
-        places = {n: place for place, n in enumerate(greedy_order(alone, depth, disturbance))}
+        def of_several(active: Sequence[str], before: Kinds, limit: float) -> Kinds:
+            bar.update(1)
+            together = {name: stand_ins[name] for name in active}
+            return trial.each_kind(together, before=before, limit=limit)
+
+        alone, bounds = best_alone(names, depth + COMPETITORS - 1, of_one)
+        places = {n: place for place, n in enumerate(greedy_order(alone, depth, of_several))}
     trial.release()
 
     def tried(one: Ranked) -> Ranked:
         known = "loss_at_least" if one.name in bounds else "loss"
-        details = {**one.details, known: alone[one.name]}
+        details = {**one.details, known: worst(alone[one.name])}
         return replace(one, loss_rank=places[one.name], details=details)
 
     return tuple(tried(one) if one.name in places else one for one in found)

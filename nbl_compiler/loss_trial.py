@@ -74,20 +74,34 @@ class Trial:
         """Whether disturbances are divergences in nats, rather than relative squared errors."""
         return self._predicts
 
-    def __call__(
-        self,
-        active: Mapping[str, StandIn],
-        *,
-        kinds: int = MOST_KINDS,
-        limit: float = math.inf,
-    ) -> float:
+    def __call__(self, active: Mapping[str, StandIn], *, kinds: int = MOST_KINDS) -> float:
         """Return the disturbance of some sites' stand-ins together, on the worst kind of text.
 
         Args:
             active: Site name → what stands in for it; all others are dense.
             kinds: How many kinds of text to try, from the first on; by default all.
-            limit: Once a kind is worse than this the others are not tried, and what is returned is
-                a lower bound. The kind that was worst before comes first.
+
+        Raises:
+            ConfigError: if the model returns no tensor.
+        """
+        return max(self.each_kind(active, kinds=kinds).values())
+
+    def each_kind(
+        self,
+        active: Mapping[str, StandIn],
+        *,
+        kinds: int = MOST_KINDS,
+        before: Mapping[int, float] | None = None,
+        limit: float = math.inf,
+    ) -> dict[int, float]:
+        """Return kind of text → the disturbance of some sites' stand-ins together.
+
+        Args:
+            active: As for a call, as is ``kinds``.
+            kinds: See there.
+            before: What to compare with ``limit``: how much each kind has risen from there.
+            limit: Once a kind has risen by more the others are left out. Those that rose most in
+                the last whole trial come first.
 
         Raises:
             ConfigError: if the model returns no tensor.
@@ -97,15 +111,17 @@ class Trial:
             every = (part for kind in self._kinds for part in kind)
             self._dense = {id(part): self._dense_said(part) for part in every}
         if not active:
-            return 0.0
-        self._active = active
+            return dict.fromkeys(range(kinds), 0.0)
+        self._active, before = active, before or {}
         found: dict[int, float] = {}
+        rises: dict[int, float] = {}
         for kind in self._order:
-            if kind < kinds and max(found.values(), default=0.0) <= limit:
+            if kind < kinds and max(rises.values(), default=-math.inf) <= limit:
                 found[kind] = self._disturbance(kind)
-        if len(found) == MOST_KINDS:
-            self._order.sort(key=found.__getitem__, reverse=True)
-        return max(found.values())
+                rises[kind] = found[kind] - before.get(kind, 0.0)
+        if len(rises) == MOST_KINDS:
+            self._order.sort(key=rises.__getitem__, reverse=True)
+        return found
 
     def _disturbance(self, kind: int) -> float:
         """Return that of one kind of text, over all processes; 0 where there is no such text."""

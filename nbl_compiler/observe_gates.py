@@ -71,7 +71,11 @@ class GateObserver(Looking[dict[str, Samples]]):
 
     def finish(self) -> dict[str, Samples]:
         """Return site name → what was seen."""
-        return {site: (joined(train), joined(held)) for site, (train, held) in self._seen.items()}
+        made: dict[str, Samples] = {}
+        for site in list(self._seen):  # one at a time: joined ones are copies
+            train, held = self._seen.pop(site)
+            made[site] = joined(train), joined(held)
+        return made
 
     def release(self) -> None:
         """Let go of everything: whatever else holds this observer must not hold it."""

@@ -38,27 +38,39 @@ def can_be_edited(inputs: Mapping[str, Any]) -> bool:
 
 
 def ordinary_tokens(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the tokens that may stand for others: the vocabulary, without those that open, close
-    or fill rows; those of the rows themselves where the model does not say.
+    """Return the tokens that may stand for others: the vocabulary, without special tokens; those of
+    the rows themselves where the model does not say.
 
     Args:
         model: Its configuration says.
         ids: Rows, [B, T].
     """
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    size = getattr(config, "vocab_size", None)
+    size = getattr(_configs(model)[-1], "vocab_size", None)
     if not isinstance(size, int):
         own: Tensor = ids.unique()
         return own.cpu()
-    special: list[int] = []
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = getattr(config, name, None)
-        special += value if isinstance(value, list) else [] if value is None else [value]
     kept = torch.ones(size, dtype=torch.bool)
-    kept[[token for token in special if 0 <= token < size]] = False
+    kept[[token for token in special_tokens(model) if token < size]] = False
     return kept.nonzero().view(-1)
+
+
+def special_tokens(model: nn.Module) -> list[int]:
+    """Return the tokens to which a model's configuration gives a meaning of their own: those that
+    open, close or fill rows, or stand for an image."""
+    found: set[Any] = set()
+    for config in filter(None, _configs(model)):
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_index")):
+                found.update(value if isinstance(value, list) else [value])
+    return sorted(token for token in found if isinstance(token, int) and token >= 0)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Return a model's configuration, and that of its text part if it has one."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return [None]
+    return [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
 
 
 def recoded(ids: Tensor, tokens: Tensor) -> Tensor:

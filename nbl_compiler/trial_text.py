@@ -1,9 +1,10 @@
-"""The text of trials: rows that no map was fitted on, as they are, repeated, and recoded."""
+"""The text of trials: rows that no map was fitted on, as they are, repeated, and recoded; and rows
+that the model writes itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from nbl_compiler.batches import cheap_arguments
 from nbl_compiler.recoded_text import can_be_edited, ordinary_tokens
 from nbl_compiler.recoded_text import recoded as recoded_rows
+from nbl_compiler.written_text import can_write
+from nbl_compiler.written_text import written as written_rows
 
 # Tokens a trial, and how many of their positions are compared: the LM head is the dearest part.
 # Fewer tokens make the order a matter of luck.
 TRIAL_TOKENS = 2048
 TRIAL_POSITIONS = 512
-# As it is, repeated and recoded.
-MOST_KINDS = 3
+# As it is, repeated, recoded, and written by the model.
+MOST_KINDS = 4
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,28 @@ class Part:
 
 
 def kinds_of_text(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], tokens: int = TRIAL_TOKENS
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    tokens: int = TRIAL_TOKENS,
+    *,
+    other: bool = True,
 ) -> list[list[Part]]:
-    """Return text as it is and, where it can be edited, repeated and recoded."""
+    """Return text as it is and, where it can be edited, repeated and recoded, and written.
+
+    Args:
+        model: That is tried.
+        batches: Text that no map was fitted on.
+        tokens: How many of each kind, at most.
+        other: Also take text of quite other kinds, which a decoder writes.
+    """
     natural = few_rows(model, batches, tokens)
     plain = [part for part in natural if can_be_edited(part.inputs)]
     if not plain:
         return [natural]
-    return [natural, [*map(repeated, plain)], [recoded(model, part) for part in plain]]
+    kinds = [natural, [*map(repeated, plain)], [recoded(model, part) for part in plain]]
+    if other and can_write(model):
+        kinds.append(written(model, plain))
+    return kinds
 
 
 def repeated(part: Part) -> Part:
@@ -55,23 +72,12 @@ def repeated(part: Part) -> Part:
     length = ids.shape[1]
     half = -(-length // 2)
     again = torch.cat([ids[:, : half + 1], ids[:, 1 : length - half]], 1)
-    return _edited(part, again, first=half + 1)
-
-
-def recoded(model: nn.Module, part: Part) -> Part:
-    """Return half of the part's rows, recoded."""
-    ids = part.inputs["input_ids"]
-    return _edited(part, recoded_rows(ids, ordinary_tokens(model, ids)), first=0)
-
-
-def _edited(part: Part, ids: Tensor, first: int) -> Part:
-    """Return the first half of the rows with other ids, compared from position ``first`` on."""
-    rows, length = -(-ids.shape[0] // 2), ids.shape[1]
+    rows, first = -(-ids.shape[0] // 2), half + 1
     inputs = {
         name: value[:rows] if isinstance(value, Tensor) and name != "logits_to_keep" else value
         for name, value in part.inputs.items()
     }
-    inputs["input_ids"] = ids[:rows]
+    inputs["input_ids"] = again[:rows]
     kept = inputs.get("logits_to_keep")
     if isinstance(kept, Tensor):
         inputs["logits_to_keep"] = kept[kept >= first]
@@ -79,6 +85,22 @@ def _edited(part: Part, ids: Tensor, first: int) -> Part:
     chosen = torch.arange(ids.numel()) if part.keep is None else part.keep(ids.numel())
     chosen = chosen[(chosen < rows * length) & (chosen % length >= first)]
     return Part(inputs, lambda _: chosen)
+
+
+def recoded(model: nn.Module, part: Part) -> Part:
+    """Return the part's rows, recoded."""
+    ids = part.inputs["input_ids"]
+    return _with_ids(part, recoded_rows(ids, ordinary_tokens(model, ids)))
+
+
+def written(model: nn.Module, parts: Sequence[Part]) -> list[Part]:
+    """Return as many rows as the parts have, written by the model."""
+    rows = written_rows(model, [part.inputs["input_ids"] for part in parts])
+    return [_with_ids(part, ids) for part, ids in zip(parts, rows, strict=True)]
+
+
+def _with_ids(part: Part, ids: Tensor) -> Part:
+    return replace(part, inputs={**part.inputs, "input_ids": ids})
 
 
 def few_rows(

@@ -15,7 +15,7 @@ from torch import nn
 import nbl_compiler as nbl
 from nbl_compiler import held_back
 from nbl_compiler.errors import ConfigError
-from nbl_compiler.loss_ranking import best_alone, greedy_order
+from nbl_compiler.loss_ranking import best_alone, greedy_order, worst
 from nbl_compiler.trial_text import (
     TRIAL_TOKENS,
     Part,
@@ -24,6 +24,7 @@ from nbl_compiler.trial_text import (
 from nbl_compiler.trial_text import (
     recoded as recode_rows,
 )
+from nbl_compiler.written_text import written
 
 # float32 forward passes of a tiny model, compared through a softmax
 KL_ROUNDING = 1e-6
@@ -31,9 +32,10 @@ KL_ROUNDING = 1e-6
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.integers(0, 8))
 def test_additive_disturbances_are_ordered_by_size(costs, depth):
-    alone = {str(i): cost for i, cost in enumerate(costs)}
-    order = greedy_order(alone, depth, lambda names, _: sum(alone[n] for n in names))
-    assert sorted(alone.values()) == [alone[name] for name in order]
+    alone = {str(i): {0: cost} for i, cost in enumerate(costs)}
+    order = greedy_order(alone, depth, lambda names, *_: {0: sum(alone[n][0] for n in names)})
+    # Sums in another order are rounded: differences of sums, not of the costs themselves.
+    assert [alone[n][0] for n in order] == pytest.approx(sorted(costs), abs=1e-12)
 
 
 @given(st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=3), min_size=1, max_size=9),
@@ -41,15 +43,16 @@ def test_additive_disturbances_are_ordered_by_size(costs, depth):
 def test_the_best_alone_are_known_exactly(kinds, places):
     """A trial that ends at its first kind beyond the limit gives a bound, never for the best."""
 
-    def disturbance(names, limit):
-        worst = 0.0
-        for kind in kinds[int(names[0])]:
-            worst = max(worst, kind)
-            if worst > limit:
+    def disturbance(name, limit):
+        tried = {}
+        for kind, value in enumerate(kinds[int(name)]):
+            tried[kind] = value
+            if value > limit:
                 break
-        return worst
+        return tried
 
-    alone, bounds = best_alone([str(i) for i in range(len(kinds))], places, disturbance)
+    found, bounds = best_alone([str(i) for i in range(len(kinds))], places, disturbance)
+    alone = {name: worst(tried) for name, tried in found.items()}
     true = [max(of) for of in kinds]
     assert all(alone[name] == true[int(name)] for name in set(alone) - bounds)
     assert all(alone[name] <= true[int(name)] for name in bounds)
@@ -59,11 +62,26 @@ def test_the_best_alone_are_known_exactly(kinds, places):
 
 
 def test_greedy_avoids_a_pair_that_is_bad_together():
-    alone = {"a": 1.0, "b": 1.1, "c": 1.2}
-    together = {frozenset(p): sum(alone[n] for n in p) for p in combinations(alone, 2)}
-    together[frozenset("ab")] = 50.0
-    order = greedy_order(alone, 2, lambda names, _: together[frozenset(names)])
+    alone = {"a": {0: 1.0}, "b": {0: 1.1}, "c": {0: 1.2}}
+    together = {frozenset(p): {0: sum(alone[n][0] for n in p)} for p in combinations(alone, 2)}
+    together[frozenset("ab")] = {0: 50.0}
+    order = greedy_order(alone, 2, lambda names, *_: together[frozenset(names)])
     assert order == ["a", "c", "b"]
+
+
+def test_what_a_site_adds_to_its_worst_kind_counts_whatever_the_others_added_to_theirs():
+    """Kind 1 is worst because of a; c adds least to it, and most to kind 0."""
+    alone = {"a": {0: 0.1, 1: 1.0}, "b": {0: 0.5, 1: 1.5}, "c": {0: 2.0, 1: 0.1}}
+
+    def disturbance(names, before, limit):
+        tried = {}
+        for kind in (0, 1):
+            tried[kind] = sum(alone[name][kind] for name in names)
+            if tried[kind] - before[kind] > limit:
+                break
+        return tried
+
+    assert greedy_order(alone, 3, disturbance) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +114,8 @@ def test_the_loss_of_a_site_is_the_divergence_its_map_causes(options, tensor):
     twice = divergence(again)[:, 33:].mean().item()
     part = Part({"input_ids": last}, lambda count: torch.arange(count))
     recoded = divergence(recode_rows(model, part).inputs["input_ids"]).mean().item()
-    expected = max(natural, twice, recoded)
+    own = divergence(*written(model, [last])).mean().item()
+    expected = max(natural, twice, recoded, own)
     assert site.details["loss"] == pytest.approx(expected, abs=KL_ROUNDING)
     others = [s.details.get("loss", s.details.get("loss_at_least")) for s in plan.sites]
     assert site.details["loss"] == min(others)

@@ -99,15 +99,19 @@ def test_beyond_a_limit_the_worst_kind_of_before_is_enough(
         trial = Trial(model, maps, kinds, residual=False)
         each = [Trial(model, maps, [kind], residual=False)(maps) for kind in kinds]
         assert trial(maps) == max(each)
+        every = {**dict(enumerate(each)), 3: 0.0}  # of the last kind there is no text
         ran: list[int] = []
         said = Trial._said
         monkeypatch.setattr(Trial, "_said", lambda self, one: ran.append(1) or said(self, one))
         worst = max(range(len(kinds)), key=each.__getitem__)
-        assert trial(maps, limit=min(each) / 2) == each[worst]
+        assert trial.each_kind(maps, limit=min(each) / 2) == {worst: each[worst]}
         assert len(ran) == len(kinds[worst])
         ran.clear()
-        assert trial(maps, limit=max(each)) == max(each)
+        assert trial.each_kind(maps, limit=max(each)) == every
         assert len(ran) == 4
+        # What counts is how much a kind has risen.
+        assert trial.each_kind(maps, before=every, limit=0.0) == every
+        assert len(trial.each_kind(maps, before=every, limit=-1e-9)) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # the latter combines masks

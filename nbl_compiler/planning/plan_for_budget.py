@@ -193,7 +193,8 @@ def _trial(
     names = [c.name for c in calibrated.candidates] + ([] if ffn is None else list(ffn.sites))
     states = {c.name: c.states for c in calibrated.candidates}
     gates = {c.name: c.gates for c in calibrated.candidates}
-    kinds = kinds_of_text(model, aside, PLAN_TOKENS)
+    # A budget is for text of the user's kind.
+    kinds = kinds_of_text(model, aside, PLAN_TOKENS, other=False)
     return Trial(model, names, kinds, residual=residual, states=states, gates=gates)
 
 

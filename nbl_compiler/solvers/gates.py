@@ -3,7 +3,8 @@
     maximise  Σ_t Σ_b m_tb log p(b | x_t),    p = softmax over b of (g_b · x_t + o_b + log n_tb)
 
 for each head on its own, where m is how much weight the model's attention gives to bucket b. It is
-convex; a ridge on g (for inputs of variance 1) is chosen by held-out tokens.
+convex; a ridge on g (for inputs of variance 1) is chosen by held-out tokens. Of many tokens some
+are enough to choose it; the fit then goes on from there with all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ RIDGE, WEAKER, STRONGER = 1e-2, (3e-3, 1e-3, 3e-4), (3e-2, 1e-1)
 tokens want a weaker one, hundreds a stronger one. Each fit starts where the one before it ended."""
 ITERATIONS = 40
 """Of L-BFGS for each."""
+SEARCH_TOKENS = 16_384
+"""To choose the ridge on."""
 IMPOSSIBLE = -60.0
 """Least log-probability: of buckets that are empty, whose weight is 0."""
 
@@ -52,35 +55,50 @@ def fit_gates(train: WeightSamples, holdout: WeightSamples) -> tuple[Gates, floa
     train, holdout = (replace(s, x=s.x.float()) for s in (train, holdout))
     mean = train.x.mean(0)
     scale = train.x.std(0).clamp(min=1e-6 * float(train.x.abs().max()) + 1e-12)
-    fitted = _standard(train, mean, scale)
-    judged = _standard(holdout if len(holdout.x) else train, mean, scale)
+    every = _standard(train, mean, scale)
+    some = _first(every, SEARCH_TOKENS)
+    judged = _standard(holdout, mean, scale) if len(holdout.x) else every
     shape = (train.x.shape[1] + 1, *train.masses.shape[1:])
 
-    def tried(ridge: float, start: Tensor) -> tuple[float, Tensor]:
+    def tried(ridge: float, start: Tensor, on: WeightSamples) -> _Tried:
         with torch.enable_grad():
-            weight = _fitted(fitted, ridge, start)
-        return float(_divergence(judged, weight)), weight
+            weight = _fitted(on, ridge, start)
+        return _Tried(float(_divergence(judged, weight)), weight, ridge)
 
-    def improved(best: tuple[float, Tensor], ridges: Sequence[float]) -> tuple[float, Tensor]:
+    def improved(best: _Tried, ridges: Sequence[float]) -> _Tried:
         for ridge in ridges:
-            other = tried(ridge, best[1])
-            if other[0] >= best[0]:
+            other = tried(ridge, best.weight, some)
+            if other.error >= best.error:
                 break
             best = other
         return best
 
     nothing = train.x.new_zeros(shape)
     if len(holdout.x):
-        first = tried(RIDGE, nothing)
+        first = tried(RIDGE, nothing, some)
         best = improved(first, WEAKER)
         if best is first:
             best = improved(first, STRONGER)
     else:
-        best = tried(STRONGER[0], nothing)
-    error, chosen = best
-    slopes = chosen[:-1] / scale[:, None, None]
-    offset = chosen[-1] - torch.einsum("d,dhb->hb", mean, slopes)
-    return Gates(slopes.permute(1, 2, 0).contiguous(), offset.contiguous()), error / shape[1]
+        best = tried(STRONGER[0], nothing, some)
+    if len(some.x) < len(every.x):
+        best = tried(best.ridge, best.weight, every)
+    slopes = best.weight[:-1] / scale[:, None, None]
+    offset = best.weight[-1] - torch.einsum("d,dhb->hb", mean, slopes)
+    return Gates(slopes.permute(1, 2, 0).contiguous(), offset.contiguous()), best.error / shape[1]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A fit with one ridge: its held-out divergence, and what it found, [d + 1, heads, buckets]."""
+
+    error: float
+    weight: Tensor
+    ridge: float
+
+
+def _first(samples: WeightSamples, tokens: int) -> WeightSamples:
+    return WeightSamples(samples.x[:tokens], samples.masses[:tokens], samples.sizes[:tokens])
 
 
 def _standard(samples: WeightSamples, mean: Tensor, scale: Tensor) -> WeightSamples:
