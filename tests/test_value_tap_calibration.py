@@ -20,8 +20,9 @@ from nbl_compiler.plan_file import VERSION, from_bytes, to_bytes
 from nbl_compiler.plans import Plan
 from nbl_compiler.value_states import states_of
 
-# Float32 rounding of a whole tiny model, relative to its largest output.
-LOGIT_TOLERANCE = 3e-5
+# Float32 rounding of a whole tiny model, relative to its largest output, and of two maps solved
+# without a ridge: up to 4e-5, by how the machine's products round.
+LOGIT_TOLERANCE = 1e-4
 EXACT = 1e-6
 
 

@@ -59,7 +59,8 @@ def test_recall_of_a_predicted_guard_is_that_by_hand(form: str, gated: bool) -> 
     assert list(measured) == one.names
     # One neuron of 100 tokens with 8 outliers each, should rounding swap two scores.
     assert list(measured.values()) == pytest.approx(expected, abs=1 / 800)
-    assert all(0.3 < value < 1 for value in expected)
+    # Some are missed, though of 8 bits hardly any.
+    assert 0.3 < min(expected) < 1
 
 
 def test_recall_without_a_predictor_is_one() -> None:
