@@ -1,9 +1,9 @@
 """Linear layers for a few tokens on a CPU.
 
 At M = 1 … 8 rows a linear layer reads its weight and does little else; ATen's matrix product then
-reaches a fraction of the memory's bandwidth. Written as multiply-and-sum, Inductor makes one
-vectorised loop over the rows of the weight, in parallel, with what follows fused into it.
-``benchmarks/streamed_products.py`` times it beside ATen's.
+reaches a fraction of the memory's bandwidth on some CPUs. Written as multiply-and-sum, Inductor
+makes one vectorised loop over the rows of the weight, in parallel, with what follows fused into it.
+(Not on all: see the demo on a second machine in ``docs/measurements.md``.)
 
 Each token is a sum of its own, not one more dimension of a sum: only then does Inductor load a row
 of the weight once for all of them, keep their sums in registers, and write y with a token's numbers
