@@ -167,6 +167,10 @@ def load_causal(
 
 def hidden_size(model: Any) -> int:
     """Return the width of a model's hidden state; 1,024 where its configuration does not say."""
+    return int(getattr(text_config(model), "hidden_size", None) or 1024)
+
+
+def text_config(model: Any) -> Any:
+    """Return a model's configuration, of several parts that of the text; None if it has none."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "hidden_size", None) or 1024)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nbl_compiler.batches import Batch
+from nbl_compiler.models import text_config
 
 # Rows of fewer tokens say nothing when they are repeated or recoded.
 MIN_EDITED = 16
@@ -45,7 +46,7 @@ def ordinary_tokens(model: nn.Module, ids: Tensor) -> Tensor:
         model: Its configuration says.
         ids: Rows, [B, T].
     """
-    size = getattr(_configs(model)[-1], "vocab_size", None)
+    size = getattr(text_config(model), "vocab_size", None)
     if not isinstance(size, int):
         own: Tensor = ids.unique()
         return own.cpu()
@@ -58,19 +59,11 @@ def special_tokens(model: nn.Module) -> list[int]:
     """Return the tokens to which a model's configuration gives a meaning of their own: those that
     open, close or fill rows, or stand for an image."""
     found: set[Any] = set()
-    for config in filter(None, _configs(model)):
-        for name, value in vars(config).items():
+    for config in (getattr(model, "config", None), text_config(model)):
+        for name, value in vars(config).items() if config is not None else ():
             if name.endswith(("_token_id", "_token_index")):
                 found.update(value if isinstance(value, list) else [value])
     return sorted(token for token in found if isinstance(token, int) and token >= 0)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Return a model's configuration, and that of its text part if it has one."""
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return [None]
-    return [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
 
 
 def recoded(ids: Tensor, tokens: Tensor) -> Tensor:

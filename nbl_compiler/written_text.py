@@ -31,8 +31,8 @@ def can_write(model: Any) -> bool:
 def written(model: Any, rows: Sequence[Tensor]) -> list[Tensor]:
     """Return rows of the same shapes that the model writes, each from the same opening token.
 
-    It samples from its own distribution, without special tokens. The
-    result depends on the model and the openings alone.
+    It samples from its own distribution, without special tokens. The result depends on the model
+    and the openings alone.
 
     Args:
         model: A decoder, see ``can_write``.
